@@ -1,0 +1,311 @@
+"""The asyncio client: what a program calls. Everything it decides is in `session.py`; here are futures and the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bus_kv.client.results import Entry, Receipt
+from bus_kv.client.session import Operation, Session
+from bus_kv.errors import BusKVError, MalformedRequest
+from bus_kv.knobs import KEY_BYTES_MAX, Knobs, value_bytes_max
+from bus_kv.protocol import batch as b
+from bus_kv.runtime.clock import Clock
+from bus_kv.runtime.connection import ConnectOptions
+from bus_kv.runtime.driver import Driver
+from bus_kv.runtime.nats_bus import NatsBus
+from bus_kv.subjects import Subjects
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+
+    from bus_kv.protocol.batch import Version
+
+    Text: TypeAlias = str | bytes
+
+
+class _Group:
+    """Many operations awaited as one: outcomes by position, and the future of the whole."""
+
+    __slots__ = ("future", "missing", "outcomes")
+
+    def __init__(self, count: int, future: asyncio.Future[list[Any]]) -> None:
+        self.outcomes: list[Any] = [None] * count
+        self.missing = count
+        self.future = future
+
+
+@asynccontextmanager
+async def connect(
+    servers: str | Sequence[str] | None = None, *, root: str | None = None,
+    options: ConnectOptions | None = None, knobs: Knobs | None = None, client_id: str | None = None,
+    **connection: Any,
+) -> AsyncIterator[Client]:  # fmt: skip
+    """Connect to the cluster at these NATS servers: `async with bus_kv.connect(url) as db:`.
+
+    `connection` takes the options of the command line: creds, nkey, user, password, tls_ca, tls_cert, tls_key,
+    js_domain, inbox_prefix. What is not given comes from `BUS_KV_*` in the environment. Raises ConnectionConfigError,
+    BusUnreachable after 10 s, CredentialsRefused at once.
+    """
+    options = options or _options(servers, root, connection)
+    client = Client(options, knobs or Knobs(), client_id or secrets.token_hex(8))
+    await client.open()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def _options(
+    servers: str | Sequence[str] | None, root: str | None, connection: dict[str, Any]
+) -> ConnectOptions:
+    import os
+
+    nats = servers if servers is None or isinstance(servers, str) else ",".join(servers)
+    return ConnectOptions.load(
+        config=None, env=os.environ, flags={"nats": nats, "root": root, **connection}
+    )
+
+
+class Client:
+    """One client of a cluster. Calls may be made from any number of tasks of one event loop; those made together
+    travel together. Keys and values are `str` (taken as UTF-8) or `bytes`."""
+
+    def __init__(self, options: ConnectOptions, knobs: Knobs, client_id: str) -> None:
+        self._options, self._knobs, self._id = options, knobs, client_id
+        self._clock = Clock()
+        self._bus = NatsBus(options)
+        self._session: Session
+        self._driver: Driver
+        self._task: asyncio.Task[Any] | None = None
+        self._value_bytes_max = 0
+
+    async def open(self, deadline_s: float = 10.0) -> None:
+        await self._bus.open(deadline_s)
+        payload = self._bus.max_payload_bytes
+        self._value_bytes_max = value_bytes_max(payload)
+        subjects = Subjects(self._options.root)
+        self._session = Session(self._id, subjects, self._knobs, payload, _tell)
+        self._driver = Driver(
+            self._session, self._bus, self._clock, inbox_messages_max=self._knobs.inbox_messages_max
+        )
+        await self._bus.answer_to(self._driver.offer)
+        self._task = asyncio.get_running_loop().create_task(self._driver.run())
+
+    async def close(self) -> None:
+        """Close the connection; calls that are under way are cancelled."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=1.0)
+        await self._bus.close()
+
+    # ---- single operations ----
+
+    async def get(
+        self, key: Text, *, consistency: str | None = None, keyspace: str = "default"
+    ) -> Entry:
+        """Read a key. An absent one is an Entry with `found` False."""
+        operation = Operation(b.GET, _key(key), None, None, keyspace, consistency)
+        entry: Entry = await self._submit(operation)
+        return entry
+
+    async def put(
+        self, key: Text, value: Text, *, consistency: str | None = None, ttl_ms: int | None = None,
+        if_absent: bool = False, if_version: Version | None = None, keyspace: str = "default",
+        request_id: str | None = None,
+    ) -> Receipt:  # fmt: skip
+        """Write a key. Raises PreconditionFailed when the key is not as `if_absent` or `if_version` asks.
+
+        With `request_id` ("<client>:<number>") the caller names the request, so that it can repeat it after its own
+        restart; without one the client repeats by itself, under its own ids.
+        """
+        if request_id is not None:
+            fields = {"value": _bytes(value), "ttl_ms": ttl_ms, "if_version": if_version and list(if_version)}
+            return await self._named("put", key, request_id, consistency, keyspace, if_absent=if_absent or None, **fields)
+        _check_condition(if_absent, if_version)
+        operation = Operation(
+            b.PUT, _key(key), self._value(value), None, keyspace, consistency, ttl_ms,
+            if_absent or if_version is not None, if_version,
+        )  # fmt: skip
+        if ttl_ms is not None:
+            b.check_ttl(ttl_ms)
+        receipt: Receipt = await self._submit(operation)
+        return receipt
+
+    async def delete(
+        self, key: Text, *, consistency: str | None = None, if_version: Version | None = None,
+        keyspace: str = "default", request_id: str | None = None,
+    ) -> Receipt:  # fmt: skip
+        """Delete a key; deleting an absent one is no failure (`found` False, no version)."""
+        if request_id is not None:
+            return await self._named("delete", key, request_id, consistency, keyspace, if_version=if_version and list(if_version))
+        operation = Operation(
+            b.DELETE, _key(key), None, None, keyspace, consistency, None, if_version is not None, if_version
+        )
+        receipt: Receipt = await self._submit(operation)
+        return receipt
+
+    async def _named(
+        self, verb: str, key: Text, request_id: str, consistency: str | None, keyspace: str, **fields: Any
+    ) -> Receipt:
+        """A write under the caller's own request_id goes through any node."""
+        body = {"key": _key(key), "request_id": request_id, "consistency": consistency, "keyspace": keyspace, **fields}
+        reply = await self.call(verb, {name: value for name, value in body.items() if value is not None})
+        version = reply["version"]
+        return Receipt(reply["shard"], version and (version[0], version[1]), reply["found"], reply["consistency"])
+
+    def _submit(self, operation: Operation) -> asyncio.Future[Any]:
+        future = asyncio.get_running_loop().create_future()
+        operation.token = future
+        self._session.submit(operation, self._clock.now_ns())
+        self._driver.wake()
+        return future
+
+    def _value(self, value: Text) -> bytes:
+        encoded = _bytes(value)
+        if len(encoded) > self._value_bytes_max:
+            b.check_values([encoded], self._value_bytes_max)
+        return encoded
+
+    # ---- many at once ----
+
+    async def put_many(
+        self, items: Iterable[tuple[Text, Text]], *, consistency: str | None = None,
+        ttl_ms: int | None = None, keyspace: str = "default",
+    ) -> list[Receipt]:  # fmt: skip
+        """Write many keys, not atomically; receipts in order. Raises the first failure when all have ended."""
+        operations = [
+            Operation(b.PUT, _key(key), self._value(value), None, keyspace, consistency, ttl_ms)
+            for key, value in items
+        ]
+        receipts: list[Receipt] = await self._submit_many(operations)
+        return receipts
+
+    async def get_many(
+        self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
+    ) -> list[Entry]:
+        """Read many keys; entries in order."""
+        operations = [Operation(b.GET, _key(key), None, None, keyspace, consistency) for key in keys]
+        entries: list[Entry] = await self._submit_many(operations)
+        return entries
+
+    async def delete_many(
+        self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
+    ) -> list[Receipt]:
+        """Delete many keys, not atomically; receipts in order."""
+        operations = [
+            Operation(b.DELETE, _key(key), None, None, keyspace, consistency) for key in keys
+        ]
+        receipts: list[Receipt] = await self._submit_many(operations)
+        return receipts
+
+    async def _submit_many(self, operations: list[Operation]) -> list[Any]:
+        if not operations:
+            return []
+        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        group = _Group(len(operations), future)
+        now_ns, submit = self._clock.now_ns(), self._session.submit
+        for i, operation in enumerate(operations):
+            operation.token = (group, i)
+            submit(operation, now_ns)
+        self._driver.wake()
+        outcomes = await future
+        for outcome in outcomes:
+            if isinstance(outcome, BusKVError):
+                raise outcome
+        return outcomes
+
+    # ---- scans and information ----
+
+    async def scan(
+        self, start: Text | None = None, end: Text | None = None, *, prefix: Text | None = None,
+        limit: int | None = None, reverse: bool = False, keys_only: bool = False,
+        consistency: str | None = None, keyspace: str = "default", page_size: int = 1000,
+    ) -> AsyncIterator[Entry]:  # fmt: skip
+        """Entries of [start, end) or of a prefix, in key order, page by page; `limit` None means all of them.
+
+        Each page is read at one moment; keys that change between pages are seen as they are then.
+        """
+        fields: dict[str, Any] = {"reverse": reverse, "keys_only": keys_only, "keyspace": keyspace}
+        for name, bound in (("start", start), ("end", end), ("prefix", prefix)):
+            if bound is not None:
+                fields[name] = _bytes(bound)
+        if consistency is not None:
+            fields["consistency"] = consistency
+        left = limit
+        while left is None or left > 0:
+            fields["limit"] = page_size if left is None else min(left, page_size)
+            page = await self.call("scan", fields)
+            for item in page["items"]:
+                epoch, seq = item["version"]
+                yield Entry(item["key"], item.get("value"), (epoch, seq))
+            left = None if left is None else left - len(page["items"])
+            if page["cursor"] is None:
+                return
+            fields["cursor"] = page["cursor"]
+
+    async def batch(
+        self, operations: Sequence[dict[str, Any]], *, atomic: bool = False,
+        consistency: str | None = None, keyspace: str = "default",
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Operations of contract §2 (`{"op": "put", "key": …, "value": …}`) as one request; a result for each."""
+        fields: dict[str, Any] = {"ops": list(operations), "atomic": atomic, "keyspace": keyspace}
+        if consistency is not None:
+            fields["consistency"] = consistency
+        results: list[dict[str, Any]] = (await self.call("batch", fields))["results"]
+        return results
+
+    async def health(self) -> dict[str, Any]:
+        return await self.call("health", {})
+
+    async def stats(self) -> dict[str, Any]:
+        """Totals of the cluster and the newest report of every node and shard."""
+        return await self.call("stats", {})
+
+    async def map(self) -> dict[str, Any]:
+        """The shard map, read from the store."""
+        return await self.call("map", {})
+
+    async def call(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Send a verb to any node and return its reply as it stands on the wire. Raises the failure it carries."""
+        future = asyncio.get_running_loop().create_future()
+        self._session.call(verb, fields, future, self._clock.now_ns())
+        self._driver.wake()
+        reply: dict[str, Any] = await future
+        return reply
+
+
+def _tell(token: Any, outcome: Any) -> None:
+    """Hand an outcome to whoever awaits it; a caller that was cancelled is passed over."""
+    if type(token) is tuple:
+        group, i = token
+        group.outcomes[i] = outcome
+        group.missing -= 1
+        if not group.missing and not group.future.done():
+            group.future.set_result(group.outcomes)
+    elif token.done():
+        return
+    elif isinstance(outcome, BusKVError):
+        token.set_exception(outcome)
+    else:
+        token.set_result(outcome)
+
+
+def _bytes(text: Text) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _key(key: Text) -> bytes:
+    encoded = _bytes(key)
+    if not 0 < len(encoded) <= KEY_BYTES_MAX:
+        b.check_keys([encoded])
+    return encoded
+
+
+def _check_condition(if_absent: bool, if_version: Version | None) -> None:
+    if if_absent and if_version is not None:
+        raise MalformedRequest("a put has if_absent or if_version, not both")
+
+

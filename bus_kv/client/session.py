@@ -1,0 +1,413 @@
+"""The client's machine: routes operations by the shard map, coalesces them, and retries until each has one outcome.
+
+Theory of operation. `submit` gives every operation its own request number and puts it into a lane: one per shard, level
+and kind (reads never wait for writes). A turn sends what its lanes hold, one message per lane, so operations that
+were submitted together travel together and a lone one leaves at once. While a lane has its window of messages in flight,
+further operations gather for the next. A message that fails or stays unanswered puts its operations back, numbers kept:
+the shard recognizes a repeat, so an operation takes effect once however often it is sent.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bus_kv.client.results import Entry, Receipt
+from bus_kv.core.machine import Ready, Request, Responded
+from bus_kv.errors import (
+    BusKVError, KeyspaceUnknown, NoShard, OutcomeUnknown, Overloaded, ShardUnavailable, from_body,
+)  # fmt: skip
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs, batch_bytes_max
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.batch import Batch, BatchReply, decode_batch_reply
+from bus_kv.protocol.codec import decode_cbor, encode_cbor
+from bus_kv.protocol.routes import Routes, routes_from_public
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.core.machine import Event
+    from bus_kv.protocol.batch import Version
+    from bus_kv.protocol.routes import Route
+    from bus_kv.subjects import Subjects
+
+    Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
+    Done: TypeAlias = Callable[[Any, Outcome], None]
+
+_by_number = attrgetter("number")
+_PAUSE_NS = 30 * MILLISECOND_NS
+_PAUSE_NS_MAX = 500 * MILLISECOND_NS
+
+
+class Operation:
+    """One get, put or delete on its way to one outcome."""
+
+    __slots__ = (
+        "attempts", "condition", "consistency", "deadline_ns", "has_condition", "key", "keyspace",
+        "kind", "number", "token", "ttl_ms", "unanswered", "value",
+    )  # fmt: skip
+
+    def __init__(
+        self, kind: int, key: bytes, value: bytes | None, token: Any, keyspace: str = "default",
+        consistency: str | None = None, ttl_ms: int | None = None,
+        has_condition: bool = False, condition: Version | None = None,
+    ) -> None:  # fmt: skip
+        self.kind, self.key, self.value, self.token = kind, key, value, token
+        self.keyspace, self.consistency, self.ttl_ms = keyspace, consistency, ttl_ms
+        self.has_condition, self.condition = has_condition, condition
+        self.number = 0
+        self.deadline_ns = 0
+        self.attempts = 0
+        self.unanswered = False
+        """Was sent and given up on without an answer: it may have been applied."""
+
+
+@dataclass(slots=True)
+class _Lane:
+    shard: str
+    reads: bool
+    consistency: str
+    waiting: list[Operation] = field(default_factory=list)
+    in_flight: int = 0
+
+
+@dataclass(slots=True)
+class _Sent:
+    lane: _Lane
+    operations: list[Operation]
+    batch: Batch
+    give_up_ns: int
+
+
+@dataclass(slots=True)
+class _Call:
+    """A request to any node: a verb that is not coalesced."""
+
+    verb: str
+    body: bytes
+    token: Any
+    deadline_ns: int
+    attempts: int = 0
+
+
+class Session:
+    """`client` identifies this session's requests; it must be unique among all clients of the cluster."""
+
+    def __init__(self, client: str, subjects: Subjects, knobs: Knobs, max_payload_bytes: int, done: Done):
+        self.client = client
+        self.routes: Routes | None = None
+        self._subjects, self._knobs, self._done = subjects, knobs, done
+        self._batch_bytes_max = batch_bytes_max(max_payload_bytes)
+        self._number = 0
+        self._correlation = 0
+        self._pending = 0
+        self._lanes: dict[tuple[str, bool, str], _Lane] = {}
+        self._dirty: list[_Lane] = []
+        self._sent: dict[int, _Sent] = {}
+        self._calls: dict[int, _Call] = {}
+        self._unrouted: list[Operation] = []
+        self._paused: list[tuple[int, int, Operation | _Call]] = []
+        self._fetch: int | None = None
+        self._fetch_ns = 0
+        self._fetch_cached = False
+        self._effects: list[Request] = []
+
+    # ---- what a client asks for ----
+
+    def submit(self, operation: Operation, now_ns: int) -> None:
+        """Take on an operation; its outcome is told once, by `done(token, outcome)`."""
+        if self._pending >= self._knobs.client_pending_operations_max:
+            refusal = Overloaded("this client has too many calls under way; await some of them first")
+            return self._done(operation.token, refusal)
+        self._pending += 1
+        self._number += 1
+        operation.number = self._number
+        operation.deadline_ns = now_ns + int(self._knobs.client_timeout_s * SECOND_NS)
+        return self._route(operation, now_ns)
+
+    def call(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
+        """Ask any node; a refusal that may be retried is, under the same request_id."""
+        if self._pending >= self._knobs.client_pending_operations_max:
+            refusal = Overloaded("this client has too many calls under way; await some of them first")
+            return self._done(token, refusal)
+        self._pending += 1
+        if verb == "batch":
+            self._number += 1
+            fields = {"request_id": f"{self.client}:{self._number}", **fields}
+        deadline_ns = now_ns + int(self._knobs.client_timeout_s * SECOND_NS)
+        return self._send_call(_Call(verb, encode_cbor(fields), token, deadline_ns), now_ns)
+
+    def fetch_routes(self, now_ns: int) -> None:
+        """Read the shard map, unless that is under way."""
+        if self._fetch is None:
+            self._fetch = self._request(
+                self._subjects.verb("map"), encode_cbor({"cached": True} if self._fetch_cached else {})
+            )
+            self._fetch_ns = now_ns + self._knobs.client_attempt_ms * MILLISECOND_NS // 2
+
+    # ---- the machine ----
+
+    def step(self, event: Event, now_ns: int) -> None:
+        assert isinstance(event, Responded), "a client's only events are answers"
+        correlation = event.correlation
+        if correlation in self._sent:
+            self._on_reply(self._sent.pop(correlation), event.body, now_ns)
+        elif correlation in self._calls:
+            self._on_call_reply(self._calls.pop(correlation), event.body, now_ns)
+        elif correlation == self._fetch:
+            self._on_routes(event.body, now_ns)
+
+    def take_ready(self, now_ns: int) -> Ready:
+        dirty, self._dirty = self._dirty, []
+        for lane in dirty:
+            while lane.waiting and lane.in_flight < self._knobs.client_window_messages:
+                self._send(lane, now_ns)
+        effects, self._effects = self._effects, []
+        return Ready(effects)  # type: ignore[arg-type]  # a list of requests is a list of effects
+
+    def next_deadline_ns(self) -> int | None:
+        candidates = [self._paused[0][0]] if self._paused else []
+        if self._sent:
+            candidates.append(next(iter(self._sent.values())).give_up_ns)
+        if self._calls:
+            candidates.append(min(call.deadline_ns for call in self._calls.values()))
+        if self._fetch is not None:
+            candidates.append(self._fetch_ns)
+        return min(candidates, default=None)
+
+    def on_deadline(self, now_ns: int) -> None:
+        if self._fetch is not None and self._fetch_ns <= now_ns:
+            self._fetch = None
+            self._fetch_cached = True
+            self.fetch_routes(now_ns)
+        while self._sent:
+            correlation, sent = next(iter(self._sent.items()))
+            if sent.give_up_ns > now_ns:
+                break
+            del self._sent[correlation]
+            self._on_silence(sent, now_ns)
+        for correlation, call in [*self._calls.items()]:
+            if call.deadline_ns <= now_ns:
+                del self._calls[correlation]
+                self._finish(call.token, OutcomeUnknown("no node has answered in time"))
+        while self._paused and self._paused[0][0] <= now_ns:
+            item = heapq.heappop(self._paused)[2]
+            if isinstance(item, _Call):
+                self._send_call(item, now_ns)
+            else:
+                self._route(item, now_ns)
+        if self._unrouted:
+            self._drop_late(now_ns)
+
+    # ---- routing ----
+
+    def _route(self, operation: Operation, now_ns: int) -> None:
+        if self.routes is None:
+            self._unrouted.append(operation)
+            return self.fetch_routes(now_ns)
+        keyspace = self.routes.keyspaces.get(operation.keyspace)
+        route = None if keyspace is None else self.routes.find(operation.keyspace, operation.key)
+        if keyspace is None or route is None:
+            return self._no_route(operation, keyspace is None, now_ns)
+        if not route.active:
+            return self._again(operation, ShardUnavailable(f"shard {route.shard} is recovering"), now_ns)
+        self._join(operation, route, operation.consistency or keyspace.consistency)
+        return None
+
+    def _no_route(self, operation: Operation, no_keyspace: bool, now_ns: int) -> None:
+        """Perhaps the map is old: read it once before saying so."""
+        if operation.attempts == 0 or (no_keyspace and self.routes and not self.routes.keyspaces):
+            return self._again(operation, ShardUnavailable("no shard is laid out yet"), now_ns)
+        if no_keyspace:
+            missing: BusKVError = KeyspaceUnknown(f"there is no keyspace {operation.keyspace!r}")
+        else:
+            missing = NoShard("the key lies outside every shard; see `bus-kv shards list`")
+        return self._finish(operation.token, missing)
+
+    def _join(self, operation: Operation, route: Route, consistency: str) -> None:
+        id = (route.shard, operation.kind == b.GET, consistency)
+        lane = self._lanes.get(id)
+        if lane is None:
+            lane = self._lanes[id] = _Lane(*id)
+        if not lane.waiting:
+            self._dirty.append(lane)
+        lane.waiting.append(operation)
+
+    def _send(self, lane: _Lane, now_ns: int) -> None:
+        """Send the lane's next message, as full as its limits allow."""
+        operations = self._cut(lane)
+        batch = _make_batch(operations, self.client, lane.consistency)
+        assert self.routes is not None
+        route = self.routes.by_id.get(lane.shard)
+        body = encode_cbor({"epoch": route.epoch if route else 0, "batch": batch.encode()})
+        correlation = self._request(self._subjects.shard_request(lane.shard), body)
+        give_up_ns = now_ns + self._knobs.client_attempt_ms * MILLISECOND_NS
+        self._sent[correlation] = _Sent(lane, operations, batch, give_up_ns)
+        lane.in_flight += 1
+
+    def _cut(self, lane: _Lane) -> list[Operation]:
+        waiting = lane.waiting
+        count = min(len(waiting), self._knobs.client_batch_operations_max)
+        size = 0
+        for i in range(count):
+            operation = waiting[i]
+            size += len(operation.key) + len(operation.value or b"") + 32
+            if size > self._batch_bytes_max and i:
+                count = i
+                break
+        operations, lane.waiting = waiting[:count], waiting[count:]
+        operations.sort(key=_by_number)
+        return operations
+
+    def _request(self, subject: str, body: bytes) -> int:
+        self._correlation += 1
+        self._effects.append(Request(self._correlation, subject, body))
+        return self._correlation
+
+    # ---- outcomes ----
+
+    def _on_reply(self, sent: _Sent, body: bytes | None, now_ns: int) -> None:
+        self._leave(sent.lane)
+        if body is None:
+            failure = ShardUnavailable(f"nobody serves shard {sent.lane.shard}")
+            return self._all_again(sent.operations, failure, now_ns)
+        fields = decode_cbor(body)
+        if "batch" not in fields:
+            return self._all_again(sent.operations, from_body(fields), now_ns)
+        reply = decode_batch_reply(fields["batch"])
+        self._pending -= len(sent.operations)
+        if sent.lane.reads:
+            return self._tell_entries(sent, reply, now_ns)
+        return self._tell_receipts(sent, reply, now_ns)
+
+    def _leave(self, lane: _Lane) -> None:
+        lane.in_flight -= 1
+        if lane.waiting:
+            self._dirty.append(lane)
+
+    def _tell_entries(self, sent: _Sent, reply: BatchReply, now_ns: int) -> None:
+        values, done = reply.values or [None] * len(sent.operations), self._done
+        for i, operation in enumerate(sent.operations):
+            if reply.outcomes[i] == b.UNANSWERED:
+                self._pending += 1
+                self._route(operation, now_ns)
+            else:
+                version = reply.version(i)
+                expires_at = reply.expires_at.get(i)
+                done(operation.token, Entry(operation.key, values[i], version, expires_at))
+
+    def _tell_receipts(self, sent: _Sent, reply: BatchReply, now_ns: int) -> None:
+        shard, level, done = sent.lane.shard, sent.lane.consistency, self._done
+        for i, operation in enumerate(sent.operations):
+            if i in reply.errors:
+                self._pending += 1
+                self._again(operation, from_body(reply.errors[i]), now_ns)
+            else:
+                found = reply.outcomes[i] in (b.REPLACED, b.DELETED)
+                done(operation.token, Receipt(shard, reply.version(i), found, level))
+
+    def _on_silence(self, sent: _Sent, now_ns: int) -> None:
+        self._leave(sent.lane)
+        for operation in sent.operations:
+            operation.unanswered = operation.kind != b.GET
+        failure = ShardUnavailable(f"shard {sent.lane.shard} does not answer")
+        self._all_again(sent.operations, failure, now_ns)
+
+    def _all_again(self, operations: list[Operation], failure: BusKVError, now_ns: int) -> None:
+        for operation in operations:
+            self._again(operation, failure, now_ns)
+
+    def _again(self, operation: Operation, failure: BusKVError, now_ns: int) -> None:
+        """Send an operation again after a pause if its failure allows and its time is not over."""
+        operation.attempts += 1
+        if not failure.definite and failure.retriable:
+            operation.unanswered = operation.kind != b.GET
+        pause_ns = min(_PAUSE_NS << min(operation.attempts, 8), _PAUSE_NS_MAX)
+        if not failure.retriable:
+            return self._finish(operation.token, failure)
+        if now_ns + pause_ns >= operation.deadline_ns:
+            return self._finish(operation.token, _late(operation, failure))
+        if failure.refreshes_map:
+            self.fetch_routes(now_ns)
+        heapq.heappush(self._paused, (now_ns + pause_ns, self._next_order(), operation))
+        return None
+
+    def _next_order(self) -> int:
+        self._correlation += 1
+        return self._correlation
+
+    def _drop_late(self, now_ns: int) -> None:
+        waiting, self._unrouted = self._unrouted, []
+        for operation in waiting:
+            if operation.deadline_ns <= now_ns:
+                failure = ShardUnavailable("no node answers; is the cluster running?")
+                self._finish(operation.token, failure)
+            else:
+                self._unrouted.append(operation)
+
+    def _finish(self, token: Any, outcome: Outcome) -> None:
+        self._pending -= 1
+        self._done(token, outcome)
+
+    # ---- calls and the map ----
+
+    def _send_call(self, call: _Call, now_ns: int) -> None:
+        del now_ns
+        self._calls[self._request(self._subjects.verb(call.verb), call.body)] = call
+
+    def _on_call_reply(self, call: _Call, body: bytes | None, now_ns: int) -> None:
+        if body is None:
+            outcome: dict[str, Any] | BusKVError = ShardUnavailable("no node of the cluster answers")
+        else:
+            fields = decode_cbor(body)
+            outcome = from_body(fields) if "code" in fields else fields
+        call.attempts += 1
+        pause_ns = min(_PAUSE_NS << min(call.attempts, 8), _PAUSE_NS_MAX)
+        retriable = isinstance(outcome, BusKVError) and outcome.retriable
+        if retriable and now_ns + pause_ns < call.deadline_ns:
+            heapq.heappush(self._paused, (now_ns + pause_ns, self._next_order(), call))
+        else:
+            self._finish(call.token, outcome)
+
+    def _on_routes(self, body: bytes | None, now_ns: int) -> None:
+        self._fetch = None
+        fields = None if body is None else decode_cbor(body)
+        if fields is None or "code" in fields:
+            self._fetch_cached = fields is not None
+            self._fetch = -1
+            self._fetch_ns = now_ns + _PAUSE_NS_MAX // 2
+            return
+        routes = routes_from_public(fields)
+        if self.routes is None or routes.map_version >= self.routes.map_version:
+            self.routes = routes
+        self._fetch_cached = False
+        waiting, self._unrouted = self._unrouted, []
+        for operation in waiting:
+            self._route(operation, now_ns)
+
+
+def _make_batch(operations: list[Operation], client: str, consistency: str) -> Batch:
+    batch = Batch(
+        kinds=bytes([o.kind for o in operations]),
+        keys=[o.key for o in operations],
+        client=client,
+        numbers=[o.number for o in operations],
+        consistency=consistency,
+    )
+    values = [o.value for o in operations]
+    if values.count(None) < len(values):
+        batch.values = values
+    for i, operation in enumerate(operations):
+        if operation.has_condition:
+            batch.conditions[i] = operation.condition
+        if operation.ttl_ms is not None:
+            batch.ttls_ms[i] = operation.ttl_ms
+    return batch
+
+
+def _late(operation: Operation, failure: BusKVError) -> BusKVError:
+    if operation.unanswered and failure.definite:
+        return OutcomeUnknown(f"it may have been applied, and then: {failure.message}")
+    return failure

@@ -1,0 +1,180 @@
+"""The contract between machines, which decide, and drivers, which do I/O.
+
+A machine is told what happened by `step(event, now_ns)`; what it wants done is collected until the driver takes it as
+one Ready. It never blocks, sleeps, reads a clock or draws its own randomness: time is an argument in nanoseconds since
+the Unix epoch that never goes back within a process, and randomness is handed to its constructor.
+
+The turn of a driver: drain the bounded inbox, step every event, take one Ready, hand `append` to the log, send the
+rest. When the log is durable the driver steps AppendCompleted, and the machine releases what depended on it. That is
+group commit: whatever arrived while one commit was on its way shares the next (after etcd's raft, "Ready").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableSequence
+
+# ---- events: something happened ----
+
+
+@dataclass(slots=True)
+class Received:
+    """A message came in. `channel` names the subscription, `name` the subject's telling token (verb, shard, node)."""
+
+    channel: str
+    name: str
+    body: bytes
+    reply: str = ""
+    headers: Mapping[str, str] | None = None
+
+
+@dataclass(slots=True)
+class Responded:
+    """An answer to a Request; `body` None means that nobody listens on the subject (NATS "no responders")."""
+
+    correlation: int
+    body: bytes | None
+
+
+@dataclass(slots=True)
+class AppendCompleted:
+    """Everything appended with a ticket up to this one is durable."""
+
+    ticket: int
+
+
+@dataclass(slots=True)
+class AppendStalled:
+    """The log cannot take more for now (disk full). It tries again by itself; nothing is lost or out of order."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Stored:
+    """An answer of the map's store. `document` None and `failure` None: no such key. A failure is of unknown outcome
+    unless `conflict`: then the compare-and-set found another revision and changed nothing."""
+
+    correlation: int
+    revision: int = 0
+    document: dict[str, Any] | None = None
+    failure: str | None = None
+    conflict: bool = False
+
+
+Event: TypeAlias = Received | Responded | AppendCompleted | AppendStalled | Stored
+
+# ---- effects: something to do ----
+
+
+@dataclass(slots=True)
+class Publish:
+    subject: str
+    body: bytes
+    headers: Mapping[str, str] | None = None
+
+
+@dataclass(slots=True)
+class Request:
+    """Publish with a reply subject that leads back here as Responded. No deadline: the machine keeps its own."""
+
+    correlation: int
+    subject: str
+    body: bytes
+
+
+@dataclass(slots=True)
+class Subscribe:
+    """Listen on a channel, of a shard or of the process; `active` False ends it."""
+
+    channel: str
+    name: str
+    active: bool
+
+
+@dataclass(slots=True)
+class StoreGet:
+    correlation: int
+    key: str
+
+
+@dataclass(slots=True)
+class StoreCas:
+    """Put `document` under `key` if the key's revision still is `revision` (0: the key does not exist)."""
+
+    correlation: int
+    key: str
+    revision: int
+    document: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Halt:
+    """End the process with this exit code, telling the operator why."""
+
+    exit_code: int
+    message: str
+
+
+Effect: TypeAlias = Publish | Request | Subscribe | StoreGet | StoreCas | Halt
+
+
+@dataclass(slots=True)
+class Append:
+    """One log transaction: entry rows and replica rows, durable together or not at all."""
+
+    ticket: int
+    entries: list[EntryRow]
+    replicas: list[ReplicaRow]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryRow:
+    shard: str
+    last: int
+    epoch: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRow:
+    """What a replica must remember besides its log (R1, R7): one row per shard, replaced as a whole."""
+
+    shard: str
+    promised_epoch: int
+    promised_token: str
+    opened_epoch: int
+    record: dict[str, Any]
+    """The shard's record, as the newest configuration told it."""
+
+
+@dataclass(slots=True)
+class Ready:
+    effects: list[Effect] = field(default_factory=list)
+    append: Append | None = None
+
+
+class Machine(Protocol):
+    def step(self, event: Event, now_ns: int) -> None: ...
+
+    def on_deadline(self, now_ns: int) -> None:
+        """Called when `next_deadline_ns` has passed."""
+
+    def next_deadline_ns(self) -> int | None: ...
+
+    def take_ready(self, now_ns: int) -> Ready: ...
+
+
+def turn(machine: Machine, inbox: MutableSequence[Event], now_ns: int) -> Ready:
+    """One pass, the same in production and in the simulator: step all that waits, then take one Ready."""
+    events = list(inbox)
+    inbox.clear()
+    for event in events:
+        machine.step(event, now_ns)
+    deadline_ns = machine.next_deadline_ns()
+    if deadline_ns is not None and deadline_ns <= now_ns:
+        machine.on_deadline(now_ns)
+    return machine.take_ready(now_ns)

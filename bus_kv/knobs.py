@@ -1,0 +1,87 @@
+"""Limits and settings, each with its unit in its name and one reason.
+
+`Limits` are part of the public contract and equal everywhere. `Knobs` may differ per process; tests shrink them to
+reach the edges. `value_bytes_max` is not here: it follows from the server's max_payload (`value_bytes_max()`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SECOND_NS = 1_000_000_000
+MILLISECOND_NS = 1_000_000
+
+KEY_BYTES_MAX = 4096
+"""A key travels in every message about it; 4 KiB keeps a full batch of keys far below max_payload."""
+CLIENT_CHARS_MAX = 64
+"""Length of the client part of a request_id."""
+NUMBER_MAX = 2**64 - 1
+"""Largest request number: an unsigned 64-bit integer."""
+OPS_MAX = 10_000
+"""Operations in one message. The decisions about them take a byte each and must fit beside the batch in an entry."""
+SCAN_LIMIT_DEFAULT = 100
+SCAN_LIMIT_MAX = 10_000
+"""Items of one page; a page also ends at the size of a reply."""
+TTL_MS_MAX = 100 * 366 * 24 * 3600 * 1000
+"""A hundred years: larger is a mistake of units."""
+ENVELOPE_BYTES = 8192
+"""What a message needs beside one value: a largest key, field names, headers, an entry's decisions."""
+BATCH_OVERHEAD_BYTES = 32_768
+"""What a full batch needs beside its bytes to become one entry on the bus: decisions for OPS_MAX operations, header."""
+
+
+def value_bytes_max(max_payload_bytes: int) -> int:
+    """Largest value in bytes on a server with this max_payload."""
+    return max_payload_bytes - ENVELOPE_BYTES
+
+
+def batch_bytes_max(max_payload_bytes: int) -> int:
+    """Largest encoded batch in bytes; a bigger one is split by whoever builds it."""
+    return max(max_payload_bytes - BATCH_OVERHEAD_BYTES, max_payload_bytes // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """Settings of one process; durations in seconds or milliseconds as the name says."""
+
+    replication_factor: int = 3
+    heartbeat_interval_s: float = 5.0
+    heartbeat_misses_max: int = 3
+    """A node is down after this many intervals without a heartbeat."""
+    layout_wait_s: float = 5.0
+    """The first shard is laid out this long after the first node, or when replication_factor nodes are there."""
+    lease_s: float = 3.0
+    """A coordinator takes over when the lease record stood still this long on its own clock."""
+    step_retry_ms: int = 500
+    """An unanswered seal, open or announcement is sent again after this."""
+    recovering_patience_s: float = 3.0
+    """A shard RECOVERING without progress for this long is tried again under a new epoch."""
+    store_timeout_ms: int = 2000
+    """A request to the map's store without an answer after this is of unknown outcome."""
+
+    inbox_messages_max: int = 8192
+    """Messages waiting for a turn; past it OVERLOADED at once."""
+    tail_operations_max: int = 200_000
+    """Operations appended and not yet durable, per shard; past it OVERLOADED at once."""
+    calls_max: int = 8192
+    """Requests that a gateway has under way at other nodes; past it OVERLOADED at once."""
+    suspect_after_ms: int = 250
+    """A forward without an answer for this long raises a suspicion on the bus."""
+    answer_within_ms: int = 1500
+    """A gateway or a primary answers within this, with OUTCOME_UNKNOWN if need be."""
+    dedup_window_ms: int = 3_600_000
+    """How long the outcome of a request_id is kept."""
+    dedup_clients_max: int = 100_000
+    """Clients whose last request number is remembered after the window has passed."""
+    expire_batch_operations_max: int = 1000
+    """Expirations written in one turn, so that a mass expiry does not delay requests."""
+
+    client_timeout_s: float = 10.0
+    """A call of the Python client fails after this."""
+    client_attempt_ms: int = 2000
+    """The Python client sends a message again when it has no answer after this."""
+    client_window_messages: int = 4
+    """Messages in flight per shard and kind; while they are, calls gather in the next message."""
+    client_batch_operations_max: int = 2000
+    client_pending_operations_max: int = 200_000
+    """Calls waiting in one client; past it OVERLOADED at once."""

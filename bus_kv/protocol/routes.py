@@ -1,0 +1,52 @@
+"""What a client needs of the shard map: which shard owns a key, and under which epoch it is asked."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Any
+
+from bus_kv.protocol.shard_map import Keyspace, token_of
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    shard: str
+    start: bytes
+    end: bytes | None
+    epoch: int
+    active: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    map_version: int
+    keyspaces: dict[str, Keyspace]
+    by_id: dict[str, Route]
+    ranges: dict[str, tuple[list[bytes], list[Route]]]
+    """Keyspace -> starts and routes, in order."""
+
+    def find(self, keyspace: str, key: bytes) -> Route | None:
+        starts, routes = self.ranges.get(keyspace, ([], []))
+        token = token_of(self.keyspaces[keyspace].policy, key)
+        i = bisect_right(starts, token) - 1
+        if i < 0:
+            return None
+        end = routes[i].end
+        return routes[i] if end is None or token < end else None
+
+
+def routes_from_public(map: dict[str, Any]) -> Routes:
+    """Read the reply to `map` (CBOR)."""
+    by_id: dict[str, Route] = {}
+    ranges: dict[str, tuple[list[bytes], list[Route]]] = {}
+    for shard in map["shards"]:
+        route = Route(
+            shard["id"], shard["start"], shard["end"], shard["epoch"], shard["state"] == "active"
+        )
+        by_id[route.shard] = route
+        starts, routes = ranges.setdefault(shard["keyspace"], ([], []))
+        starts.append(route.start)
+        routes.append(route)
+    keyspaces = {name: Keyspace(**fields) for name, fields in map["keyspaces"].items()}
+    return Routes(map["map_version"], keyspaces, by_id, ranges)

@@ -1,0 +1,163 @@
+"""The driver: runs one machine on the real bus, clock, log and store.
+
+One task runs the turns (`bus_kv.core.machine.turn`) and performs what each Ready asks for, in order. Everything that
+happens elsewhere (messages, durable appends, answers of the store) is offered as an event and wakes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bus_kv.core.machine import (
+    Halt, Publish, Received, Request, StoreCas, StoreGet, Subscribe, turn,
+)  # fmt: skip
+from bus_kv.runtime.nats_bus import BusError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from bus_kv.core.machine import Append, Event, Machine
+    from bus_kv.runtime.clock import Clock
+    from bus_kv.runtime.nats_bus import MapStore, NatsBus, Subscription
+
+
+class Log(Protocol):
+    def append(self, append: Append) -> None:
+        """Make it durable; completion is offered as AppendCompleted, in order."""
+
+
+class Driver:
+    def __init__(
+        self, machine: Machine, bus: NatsBus, clock: Clock, *,
+        inbox_messages_max: int,
+        store: MapStore | None = None,
+        log: Log | None = None,
+        subjects: dict[str, tuple[Callable[[str], str], str]] | None = None,
+        refuse: Callable[[Received], Publish | None] | None = None,
+        after_turn: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """`subjects` maps a channel to (name -> subject, queue group) for Subscribe; `refuse` answers a message that
+        finds the inbox full; `after_turn` runs at the end of each turn."""
+        self.machine = machine
+        self.halt: Halt | None = None
+        self._bus, self._clock, self._store, self._log = bus, clock, store, log
+        self._subjects = subjects or {}
+        self._refuse = refuse
+        self._after_turn = after_turn
+        self._inbox: list[Event] = []
+        self._inbox_max = inbox_messages_max
+        self._refused: list[Publish] = []
+        self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._subscriptions: dict[tuple[str, str], Subscription] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ---- events in ----
+
+    def offer(self, event: Event) -> None:
+        """Hand an event to the next turn. A message that finds the inbox full is refused at once."""
+        if isinstance(event, Received) and len(self._inbox) >= self._inbox_max:
+            refusal = self._refuse(event) if self._refuse else None
+            if refusal is not None and len(self._refused) < self._inbox_max:
+                self._refused.append(refusal)
+        else:
+            self._inbox.append(event)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Run a turn soon: the machine was told something directly."""
+        self._wake.set()
+
+    async def listen(self, channel: str, subject: str, queue: str = "") -> Subscription:
+        """Feed a subject's messages to the machine as Received(channel, last token of the subject)."""
+
+        async def on_message(message: Any) -> None:
+            subject, body, reply = message.subject, message.data, message.reply
+            name = subject.rpartition(".")[2] if channel != "shard" else subject.split(".")[-2]
+            self.offer(Received(channel, name, body, reply, message.headers))
+
+        return await self._bus.subscribe(subject, on_message, queue)
+
+    # ---- the turn ----
+
+    async def run(self) -> Halt:
+        """Run turns until the machine halts."""
+        while self.halt is None:
+            await self._wait()
+            await self._turn()
+        return self.halt
+
+    async def _turn(self) -> None:
+        ready = turn(self.machine, self._inbox, self._clock.now_ns())
+        if ready.append is not None:
+            assert self._log is not None
+            self._log.append(ready.append)
+        refused, self._refused = self._refused, []
+        for effect in (*refused, *ready.effects):
+            await self._perform(effect)
+        if self._after_turn is not None:
+            self._after_turn()
+
+    async def _wait(self) -> None:
+        """Until something was offered or the machine's deadline has come."""
+        if not self._wake.is_set():
+            deadline_ns = self.machine.next_deadline_ns()
+            if deadline_ns is not None:
+                delay_s = max((deadline_ns - self._clock.now_ns()) / 1e9, 0.0)
+                self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake.set)
+            await self._wake.wait()
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+        self._wake.clear()
+
+    async def _perform(self, effect: Any) -> None:
+        match effect:
+            case Publish(subject, body, headers):
+                await self._bus.publish(subject, body, headers=headers)
+            case Request(correlation, subject, body):
+                await self._bus.publish(subject, body, reply=self._bus.reply_subject(correlation))
+            case StoreGet(correlation, key):
+                assert self._store is not None
+                self._spawn(self._ask(self._store.get(correlation, key)))
+            case StoreCas(correlation, key, revision, document):
+                assert self._store is not None
+                self._spawn(self._ask(self._store.cas(correlation, key, revision, document)))
+            case Subscribe(channel, name, active):
+                await self._subscribe(channel, name, active)
+            case Halt():
+                self.halt = effect
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, question: Coroutine[Any, Any, Event]) -> None:
+        self.offer(await question)
+
+    async def _subscribe(self, channel: str, name: str, active: bool) -> None:
+        key = (channel, name)
+        if active and key not in self._subscriptions:
+            subject, queue = self._subjects[channel]
+            self._subscriptions[key] = await self.listen(channel, subject(name), queue)
+        elif not active and key in self._subscriptions:
+            await self._bus.unsubscribe(self._subscriptions.pop(key))
+
+    # ---- shutdown ----
+
+    async def idle(self) -> None:
+        """Return when nothing waits for a turn and no question to the store is open."""
+        while self._wake.is_set() or self._inbox or self._tasks:
+            await asyncio.sleep(0.005)
+
+    async def drain(self, channels: tuple[str, ...], deadline_s: float) -> None:
+        """Stop taking new messages on these channels and let the turns finish what has come in."""
+        keys = [key for key in self._subscriptions if key[0] in channels]
+        try:
+            async with asyncio.timeout(deadline_s):
+                for key in keys:
+                    await self._bus.drain(self._subscriptions.pop(key))
+        except (TimeoutError, BusError):
+            return

@@ -1,0 +1,338 @@
+"""NATS: the only module that imports its client library.
+
+`NatsBus` is one connection: it publishes, subscribes with callbacks that never wait, and leads answers back by a
+correlation number in the reply subject. A connection that is lost comes back by itself, for ever; what is published
+meanwhile is dropped, not kept, because a message that arrives late is worth less than a retry that knows the time.
+
+`MapStore` is the JetStream key-value bucket with the shard map and the coordinators' lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import ssl
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from nats.aio.client import Client as NatsClient
+from nats.errors import Error as NatsError, SecureConnWantedError
+from nats.js.api import KeyValueConfig, StorageType
+from nats.js.errors import (
+    APIError, BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError, NotFoundError,
+    ServiceUnavailableError,
+)  # fmt: skip
+
+from bus_kv.core.machine import Responded, Stored
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from nats.aio.subscription import Subscription as NatsSubscription
+    from nats.js import JetStreamContext
+    from nats.js.kv import KeyValue
+
+    from bus_kv.runtime.connection import ConnectOptions
+
+    OnMessage: TypeAlias = Callable[[Any], Awaitable[None]]
+
+log = logging.getLogger("bus_kv.bus")
+
+RECONNECT_WAIT_S = 0.25
+PING_INTERVAL_S = 5
+SUBSCRIPTION_MESSAGES_MAX = 65_536
+"""Deep enough that our own bounded inbox always fills first: callbacks never wait."""
+WRONG_SEQUENCE_CODES = (10071, 10164)
+"""JetStream's two ways to say that a compare-and-set lost."""
+
+
+class BusError(Exception):
+    """The bus refused something; the message says what to do."""
+
+
+class BusUnreachable(BusError):
+    """Nobody answers at any of the addresses."""
+
+
+class CredentialsRefused(BusError):
+    """The server is there and does not let us in."""
+
+
+class _Strict(NatsClient):
+    """Refuses to go on in clear text when TLS was asked for: nats-py alone would send the credentials unprotected."""
+
+    wants_tls = False
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if self.wants_tls and initial_connection and not info.get("tls_required"):
+            raise SecureConnWantedError
+        await super()._process_info(info, initial_connection)
+
+
+class NatsBus:
+    """One connection to the bus, for ever: see `open`."""
+
+    def __init__(
+        self, options: ConnectOptions, on_restored: Callable[[], None] | None = None
+    ) -> None:
+        self._options = options
+        self._on_restored = on_restored or (lambda: None)
+        self._inbox = f"{options.inbox_prefix}.{secrets.token_hex(8)}"
+        self._client: NatsClient = NatsClient()
+        self._subscriptions: dict[Subscription, None] = {}
+        self._reopening: asyncio.Task[None] | None = None
+        self._closing = False
+
+    async def open(self, deadline_s: float = 10.0) -> None:
+        """Connect within `deadline_s`; from then on the connection comes back by itself whenever it is lost.
+
+        Raises BusUnreachable when nobody answers in time, CredentialsRefused as soon as a server says no.
+        """
+        client, errors = _Strict(), list[Exception]()
+        client.wants_tls = self._options.uses_tls
+
+        async def on_first_error(error: Exception) -> None:
+            errors.append(error)
+            if _is_refusal(error):
+                raise CredentialsRefused(
+                    f"NATS at {self._options.addresses} refused the connection: {error}"
+                )
+
+        try:
+            async with asyncio.timeout(deadline_s):
+                await client.connect(
+                    **self._options.nats_kwargs(),
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=RECONNECT_WAIT_S,  # type: ignore[arg-type]  # it sleeps this long
+                    ping_interval=PING_INTERVAL_S,
+                    max_outstanding_pings=2,
+                    connect_timeout=2,
+                    error_cb=on_first_error,
+                    reconnected_cb=self._on_reconnected,
+                    disconnected_cb=self._on_disconnected,
+                    closed_cb=self._on_closed,
+                )
+        except TimeoutError:
+            await self._abandon(client)
+            reason = f": {errors[-1] or type(errors[-1]).__name__}" if errors else ""
+            raise BusUnreachable(
+                f"no NATS server answers at {self._options.addresses}{reason}"
+            ) from None
+        except CredentialsRefused:
+            await self._abandon(client)
+            raise
+        client._error_cb = self._on_error  # noqa: SLF001  # the only way to be quiet after opening
+        self._client = client
+
+    async def _abandon(self, client: NatsClient) -> None:
+        client._closed_cb = None  # noqa: SLF001  # this client never was ours
+        client._error_cb = self._on_error  # noqa: SLF001
+        with contextlib.suppress(TimeoutError, NatsError, OSError):
+            async with asyncio.timeout(1.0):
+                await client.close()
+
+    async def _on_error(self, error: Exception) -> None:
+        log.warning("NATS: %s", error or type(error).__name__)
+
+    async def _on_disconnected(self) -> None:
+        if not self._closing:
+            log.warning("NATS: connection lost; connecting again")
+
+    async def _on_reconnected(self) -> None:
+        log.warning("NATS: connected again")
+        self._on_restored()
+
+    async def _on_closed(self) -> None:
+        """The server ended the connection for good as nats-py sees it (`-ERR`); for us nothing is for good."""
+        if not self._closing and self._reopening is None:
+            self._reopening = asyncio.get_running_loop().create_task(self._reopen())
+
+    async def _reopen(self) -> None:
+        while not self._closing:
+            try:
+                await self.open()
+                for subscription in self._subscriptions:
+                    await subscription.start(self._client)
+                self._reopening = None
+                return await self._on_reconnected()
+            except (BusError, NatsError, OSError) as error:
+                log.warning("NATS: %s", error)
+            await asyncio.sleep(1.0)
+        return None
+
+    @property
+    def max_payload_bytes(self) -> int:
+        return self._client.max_payload
+
+    @property
+    def is_connected(self) -> bool:
+        return self._client.is_connected
+
+    @property
+    def is_clustered(self) -> bool:
+        return bool(self._client._server_info.get("cluster"))  # noqa: SLF001  # no public accessor
+
+    def jetstream(self, timeout_s: float) -> JetStreamContext:
+        return self._client.jetstream(domain=self._options.js_domain, timeout=timeout_s)
+
+    def reply_subject(self, correlation: int) -> str:
+        return f"{self._inbox}.{correlation}"
+
+    async def answer_to(self, on_response: Callable[[Responded], None]) -> None:
+        """Lead the answers to our requests to `on_response`."""
+        prefix = len(self._inbox) + 1
+
+        async def on_message(message: Any) -> None:
+            headers = message.headers
+            nobody = not message.data and headers and headers.get("Status") == "503"
+            body = None if nobody else message.data
+            on_response(Responded(int(message.subject[prefix:]), body))
+
+        await self.subscribe(f"{self._inbox}.*", on_message)
+
+    async def publish(
+        self, subject: str, body: bytes, *, reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        """Send, at most once. Without a connection the message is dropped: its sender retries by its own clock."""
+        if not self._client.is_connected:
+            return
+        try:
+            await self._client.publish(subject, body, reply, dict(headers) if headers else None)
+        except (NatsError, OSError) as error:
+            log.debug("not sent to %s: %r", subject, error)
+
+    async def subscribe(self, subject: str, on_message: OnMessage, queue: str = "") -> Subscription:
+        """Call `on_message` for each message, one at a time; also after the connection was lost and came back."""
+        subscription = Subscription(subject, on_message, queue)
+        self._subscriptions[subscription] = None
+        await subscription.start(self._client)
+        return subscription
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        self._subscriptions.pop(subscription, None)
+        await subscription.stop()
+
+    async def drain(self, subscription: Subscription) -> None:
+        """Take no new messages, and return when those that came in have been handled."""
+        self._subscriptions.pop(subscription, None)
+        await subscription.drain()
+
+    async def flush(self, deadline_s: float = 2.0) -> None:
+        """Return when the server has seen everything sent before. Raises BusError.
+
+        Twice, because nats-py's PING overtakes commands that are still in its queue.
+        """
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._client.flush()
+                await self._client.flush()
+        except (NatsError, TimeoutError, OSError) as error:
+            raise BusError(f"NATS does not answer: {error or type(error).__name__}") from None
+
+    def map_store(self, bucket: str, timeout_s: float) -> MapStore:
+        return MapStore(self, bucket, timeout_s)
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._reopening is not None:
+            self._reopening.cancel()
+        with contextlib.suppress(TimeoutError, NatsError, OSError):
+            async with asyncio.timeout(2.0):
+                await self._client.close()
+
+
+def _is_refusal(error: Exception) -> bool:
+    text = str(error).lower()
+    refused = "authorization violation" in text or "authentication" in text
+    return refused or isinstance(error, ssl.SSLError | SecureConnWantedError)
+
+
+class Subscription:
+    """A subject and who listens; it outlives the connection."""
+
+    def __init__(self, subject: str, on_message: OnMessage, queue: str) -> None:
+        self._subject, self._on_message, self._queue = subject, on_message, queue
+        self._handle: NatsSubscription | None = None
+
+    async def start(self, client: NatsClient) -> None:
+        self._handle = await client.subscribe(
+            self._subject, self._queue, cb=self._on_message,
+            pending_msgs_limit=SUBSCRIPTION_MESSAGES_MAX, pending_bytes_limit=1 << 30,
+        )  # fmt: skip
+
+    async def stop(self) -> None:
+        with contextlib.suppress(NatsError):
+            if self._handle is not None:
+                await self._handle.unsubscribe()
+
+    async def drain(self) -> None:
+        with contextlib.suppress(NatsError):
+            if self._handle is not None:
+                await self._handle.drain()  # type: ignore[no-untyped-call]
+
+
+class MapStore:
+    """Compare-and-set on JSON documents in one JetStream bucket. Answers are events; only success proves anything."""
+
+    def __init__(self, bus: NatsBus, bucket: str, timeout_s: float) -> None:
+        self._bus = bus
+        self._bucket = bucket
+        self._timeout_s = timeout_s
+
+    async def prepare(self) -> None:
+        """Create the bucket unless it is there. Raises BusError when JetStream cannot be used."""
+        failure = ""
+        for replicas in (3, 1) if self._bus.is_clustered else (1,):
+            try:
+                return await self._open_or_create(replicas)
+            except ServiceUnavailableError as error:
+                failure = f"{error}; enable JetStream for this account (see nats.conf)"
+            except (NatsError, TimeoutError, OSError) as error:
+                failure = _reason(error)
+        raise BusError(f"JetStream bucket {self._bucket} cannot be used: {failure}")
+
+    async def _open_or_create(self, replicas: int) -> None:
+        jetstream = self._bus.jetstream(self._timeout_s)
+        try:
+            await jetstream.key_value(self._bucket)
+        except (BucketNotFoundError, NotFoundError):
+            config = KeyValueConfig(
+                self._bucket, description="bus_kv shard map and coordinators' lease", history=1,
+                storage=StorageType.FILE, replicas=replicas, direct=False,
+            )  # fmt: skip
+            await jetstream.create_key_value(config)
+
+    async def _bucket_now(self) -> KeyValue:
+        return await self._bus.jetstream(self._timeout_s).key_value(self._bucket)
+
+    async def get(self, correlation: int, key: str) -> Stored:
+        """Read through the stream's leader."""
+        try:
+            entry = await (await self._bucket_now()).get(key)
+        except (KeyNotFoundError, BucketNotFoundError, NotFoundError):
+            return Stored(correlation)
+        except (NatsError, TimeoutError, OSError) as error:
+            return Stored(correlation, failure=_reason(error))
+        return Stored(correlation, entry.revision or 0, json.loads(entry.value or b"null"))
+
+    async def cas(
+        self, correlation: int, key: str, revision: int, document: dict[str, Any]
+    ) -> Stored:
+        try:
+            body = json.dumps(document, separators=(",", ":")).encode()
+            written = await (await self._bucket_now()).update(key, body, last=revision)
+        except KeyWrongLastSequenceError as error:
+            return Stored(correlation, failure=_reason(error), conflict=True)
+        except APIError as error:
+            conflict = error.err_code in WRONG_SEQUENCE_CODES
+            return Stored(correlation, failure=_reason(error), conflict=conflict)
+        except (NatsError, TimeoutError, OSError) as error:
+            return Stored(correlation, failure=_reason(error))
+        return Stored(correlation, written, document)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,64 @@
+"""What every server process does around its driver: arguments, signals, exit codes, one clear line on failure."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from bus_kv.runtime.connection import ConnectionConfigError
+from bus_kv.runtime.nats_bus import BusError, BusUnreachable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
+"""Exit codes of every command."""
+
+
+class ProcessError(Exception):
+    """The process cannot go on; the message is for the operator."""
+
+
+def run_process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> int:
+    """Run `main(stop)` on uvloop; `stop` is set by SIGINT or SIGTERM. Returns the exit code."""
+    import uvloop
+
+    if not __debug__:
+        sys.exit("bus_kv: do not run with -O: its assertions guard your data")
+    # A commit's thread gets the interpreter back within half a millisecond, also while a turn is busy.
+    sys.setswitchinterval(0.0005)
+    try:
+        return uvloop.run(_with_signals(main))
+    except BusUnreachable as error:
+        return _fail(error, UNREACHABLE)
+    except (BusError, ProcessError, ConnectionConfigError) as error:
+        return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        return OK
+
+
+async def _with_signals(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> int:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    return await main(stop)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"bus-kv: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def set_up_logging(name: str) -> None:
+    """Plain lines on stderr; `BUS_KV_LOG` sets the level (debug, info, warning)."""
+    level = os.environ.get("BUS_KV_LOG", "info").upper()
+    logging.basicConfig(
+        level=getattr(logging, level, logging.INFO), stream=sys.stderr,
+        format=f"%(asctime)s {name} %(levelname)s %(message)s",
+    )  # fmt: skip
+    logging.getLogger("nats").setLevel(logging.CRITICAL)

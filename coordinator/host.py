@@ -1,0 +1,95 @@
+"""One coordinator process: the machine, the map's store and the bus, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import bus_kv
+from bus_kv.core.endpoints import Endpoint
+from bus_kv.runtime.clock import Clock
+from bus_kv.runtime.driver import Driver
+from bus_kv.runtime.nats_bus import BusError, NatsBus
+from bus_kv.runtime.service import Service, ServiceInfo
+from bus_kv.subjects import Subjects
+from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
+
+if TYPE_CHECKING:
+    from bus_kv.knobs import Knobs
+    from bus_kv.runtime.connection import ConnectOptions
+
+log = logging.getLogger("bus_kv.coordinator")
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorOptions:
+    id: str
+    connection: ConnectOptions
+    knobs: Knobs
+
+
+async def serve_coordinator(options: CoordinatorOptions, stop: asyncio.Event) -> int:
+    """Run a coordinator until `stop`. Raises BusUnreachable, CredentialsRefused, BusError without JetStream."""
+    bus = NatsBus(options.connection)
+    await bus.open()
+    try:
+        return await _serve(options, bus, stop)
+    finally:
+        await bus.close()
+
+
+async def _serve(options: CoordinatorOptions, bus: NatsBus, stop: asyncio.Event) -> int:
+    subjects, clock = Subjects(options.connection.root), Clock()
+    store = bus.map_store(subjects.bucket, options.knobs.store_timeout_ms / 1000)
+    await store.prepare()
+    config = CoordinatorConfig(options.id, subjects, lambda: secrets.token_hex(8))
+    machine = CoordinatorMachine(config, options.knobs)
+    driver = Driver(
+        machine, bus, clock, inbox_messages_max=options.knobs.inbox_messages_max, store=store
+    )
+    await bus.answer_to(driver.offer)
+    await driver.listen("heartbeat", subjects.any_heartbeat)
+    await driver.listen("admin", subjects.any_admin)
+    await bus.flush()
+    await _service(options.id, subjects, machine, clock, bus).start()
+    machine.start(clock.now_ns())
+    driver.wake()
+    turns = asyncio.create_task(driver.run())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([turns, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if turns.done():
+        return turns.result().exit_code
+    await _leave(machine, driver, bus, clock)
+    turns.cancel()
+    return 0
+
+
+async def _leave(machine: CoordinatorMachine, driver: Driver, bus: NatsBus, clock: Clock) -> None:
+    """Give the lease away, so that a standby need not wait for it to run out."""
+    log.info("stopping")
+    machine.leave(clock.now_ns())
+    driver.wake()
+    with contextlib.suppress(TimeoutError, BusError):
+        async with asyncio.timeout(2.0):
+            await driver.idle()
+        await bus.flush()
+
+
+def _service(
+    id: str, subjects: Subjects, machine: CoordinatorMachine, clock: Clock, bus: NatsBus
+) -> Service:
+    info = ServiceInfo(
+        name="bus_kv-coordinator",
+        id=f"{id}-{secrets.token_hex(4)}",
+        version=bus_kv.__version__,
+        description=f"bus_kv coordinator {id}: keeps the shard map",
+        metadata={"coordinator": id, "root": subjects.root},
+        subjects={"admin": f"{subjects.root}.admin.*"},
+        started_ns=clock.now_ns(),
+    )
+    return Service(info, lambda: {"admin": Endpoint(requests=machine.requests)}, bus)

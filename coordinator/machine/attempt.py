@@ -1,0 +1,73 @@
+"""One attempt to open a new epoch of a shard: seal the last active configuration, then open at the new primary.
+
+Steps 2 and 3 of a reconfiguration (DESIGN.md). An attempt exists only after its compare-and-set is known to have
+succeeded, so nothing is ever sealed for an epoch that the map does not hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.protocol.shard_map import Member, shard_to_document
+
+if TYPE_CHECKING:
+    from bus_kv.protocol.shard_map import Shard
+
+
+@dataclass(slots=True)
+class Attempt:
+    shard: Shard
+    started_ns: int
+    retry_ns: int
+    """When what is unanswered is sent again."""
+    sealed: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Member -> (epoch, seq) of the end of its log."""
+    opened: bool = False
+
+    @property
+    def id(self) -> tuple[int, str]:
+        return self.shard.epoch, self.shard.token
+
+    @property
+    def is_sealed(self) -> bool:
+        """n−W+1 members of the last active configuration have promised: no write of it can commit any more."""
+        last = self.shard.last_active
+        if last is None:
+            return True
+        n = len(last.members)
+        return len(self.sealed) >= n - (n // 2 + 1) + 1
+
+    def messages(self) -> list[tuple[Member, dict[str, Any]]]:
+        """What is still to be said, and to whom."""
+        shard = self.shard
+        if self.opened:
+            return []
+        if not self.is_sealed:
+            assert shard.last_active is not None
+            return [
+                (member, self._seal(member))
+                for member in shard.last_active.members
+                if member.node not in self.sealed
+            ]
+        member = shard.member(shard.primary)
+        assert member is not None, "a primary is a member"
+        return [(member, {"type": "open", "record": shard_to_document(shard)})]
+
+    def _seal(self, member: Member) -> dict[str, Any]:
+        last = self.shard.last_active
+        return {
+            "type": "seal", "shard": self.shard.id, "epoch": self.shard.epoch,
+            "token": self.shard.token, "incarnation": member.incarnation,
+            "last_active": last and asdict(last), "attempts": self.shard.attempts,
+        }  # fmt: skip
+
+    def on_answer(self, member: Member, fields: dict[str, Any]) -> None:
+        """Take a seal report or the news that the epoch is open; anything else changes nothing."""
+        if (fields.get("epoch"), fields.get("token")) != self.id:
+            return
+        if fields["type"] == "sealed":
+            epoch, seq = fields["last"]
+            self.sealed[member.node] = (epoch, seq)
+        elif fields["type"] == "opened":
+            self.opened = True

@@ -1,0 +1,188 @@
+"""One node process: the machine, its log and the bus, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import bus_kv
+from bus_kv.core.machine import AppendCompleted, Halt
+from bus_kv.errors import MalformedRequest
+from bus_kv.protocol.entry import decode_entry
+from bus_kv.runtime.clock import Clock
+from bus_kv.runtime.driver import Driver
+from bus_kv.runtime.nats_bus import BusError, NatsBus
+from bus_kv.runtime.process import ProcessError
+from bus_kv.runtime.service import Service, ServiceInfo
+from bus_kv.subjects import QUEUE, Subjects
+from nodes.log import DiskError, NodeLog
+from nodes.machine.node import NodeConfig, NodeMachine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bus_kv.knobs import Knobs
+    from bus_kv.runtime.connection import ConnectOptions
+
+log = logging.getLogger("bus_kv.node")
+
+DRAIN_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    id: str
+    data: Path
+    connection: ConnectOptions
+    knobs: Knobs
+    zone: str | None = None
+    weight: int = 1
+
+
+async def serve_node(options: NodeOptions, stop: asyncio.Event) -> int:
+    """Run a node until `stop` or until it has to halt. Raises ProcessError, BusUnreachable, CredentialsRefused."""
+    node_log = _open_log(options)
+    host = NodeHost(options, node_log)
+    try:
+        return await host.run(stop)
+    finally:
+        await asyncio.to_thread(node_log.close)
+
+
+def _open_log(options: NodeOptions) -> NodeLog:
+    try:
+        return NodeLog(options.data, options.id)
+    except DiskError as error:
+        raise ProcessError(str(error)) from None
+
+
+class NodeHost:
+    def __init__(self, options: NodeOptions, node_log: NodeLog) -> None:
+        self._options, self._log = options, node_log
+        self._subjects = Subjects(options.connection.root)
+        self._clock = Clock()
+        self._bus = NatsBus(options.connection, self._on_restored)
+        self._machine: NodeMachine
+        self._driver: Driver
+
+    async def run(self, stop: asyncio.Event) -> int:
+        await self._bus.open()
+        try:
+            self._build()
+            await self._listen()
+            return await self._serve(stop)
+        finally:
+            await self._bus.close()
+
+    def _build(self) -> None:
+        options, now_ns = self._options, self._clock.now_ns()
+        config = NodeConfig(
+            options.id, self._log.incarnation, (now_ns // 1_000_000, secrets.token_hex(4)),
+            self._subjects, self._bus.max_payload_bytes, bus_kv.__version__, options.zone,
+            options.weight,
+        )  # fmt: skip
+        self._machine = NodeMachine(config, options.knobs)
+        self._restore()
+        store = self._bus.map_store(self._subjects.bucket, options.knobs.store_timeout_ms / 1000)
+        self._driver = Driver(
+            self._machine, self._bus, self._clock,
+            inbox_messages_max=options.knobs.inbox_messages_max, store=store, log=self._log,
+            subjects={
+                "verb": (lambda _: self._subjects.any_verb, QUEUE),
+                "shard": (self._subjects.shard_request, ""),
+            },
+            refuse=self._machine.overloaded,
+        )  # fmt: skip
+        loop = asyncio.get_running_loop()
+        self._log.start(
+            lambda event: loop.call_soon_threadsafe(self._driver.offer, event),
+            lambda error: loop.call_soon_threadsafe(self._on_disk_failure, error),
+        )
+
+    def _restore(self) -> None:
+        """Replay the log. It ends before the node says a word on the bus."""
+        try:
+            for row in self._log.replicas():
+                replica = self._machine.restore(row)
+                for entry in self._log.entries(row.shard):
+                    replica.replay(decode_entry(entry.body))
+                log.info("shard %s restored up to seq %d", row.shard, replica.last[1])
+        except DiskError as error:
+            raise ProcessError(str(error)) from None
+        except (MalformedRequest, AssertionError, KeyError, TypeError, ValueError) as error:
+            raise ProcessError(
+                f"the log {self._log.path} is damaged ({error}); restore the file from a backup, "
+                "or move the data directory away and start the node with an empty one"
+            ) from None
+
+    async def _listen(self) -> None:
+        id, driver, subjects = self._options.id, self._driver, self._subjects
+        await self._bus.answer_to(driver.offer)
+        await driver.listen("node", subjects.node_inbox(id))
+        await driver.listen("heartbeat", subjects.any_heartbeat)
+        await driver.listen("map", subjects.map_event)
+        await self._bus.flush()
+
+    async def _serve(self, stop: asyncio.Event) -> int:
+        self._machine.start(self._clock.now_ns())
+        self._driver.wake()
+        await self._service().start()
+        turns = asyncio.create_task(self._driver.run())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([turns, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if turns.done():
+            halt = turns.result()
+            if halt.exit_code:
+                raise ProcessError(halt.message)
+            return halt.exit_code
+        await self._leave()
+        turns.cancel()
+        return 0
+
+    async def _leave(self) -> None:
+        """Take no new requests, finish those that came in, say goodbye."""
+        log.info("stopping: draining requests")
+        await self._driver.drain(("verb", "shard"), DRAIN_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._machine_idle()
+        self._machine.leave(self._clock.now_ns())
+        self._driver.wake()
+        await asyncio.sleep(0)
+        with contextlib.suppress(BusError):
+            await self._bus.flush()
+
+    async def _machine_idle(self) -> None:
+        while self._machine.is_busy:
+            await asyncio.sleep(0.005)
+
+    def _service(self) -> Service:
+        options, subjects = self._options, self._subjects
+        verbs = ("get", "put", "delete", "batch", "scan", "health", "stats", "map")
+        info = ServiceInfo(
+            name="bus_kv-node",
+            id=f"{options.id}-{self._machine.config.run[1]}",
+            version=bus_kv.__version__,
+            description=f"bus_kv node {options.id}: a key-value database on this bus",
+            metadata={
+                "node": options.id, "root": subjects.root,
+                "value_bytes_max": str(self._machine.value_bytes_max),
+            },
+            subjects={verb: subjects.verb(verb) for verb in verbs},
+            started_ns=self._clock.now_ns(),
+        )  # fmt: skip
+        return Service(info, lambda: self._machine.endpoints, self._bus)
+
+    def _on_restored(self) -> None:
+        """The connection is back: what was said meanwhile is lost, so read the map and say who we are."""
+        self._machine.reconnected(self._clock.now_ns())
+        self._driver.wake()
+
+    def _on_disk_failure(self, error: DiskError) -> None:
+        self._driver.halt = Halt(1, str(error))
+        self._driver.offer(AppendCompleted(0))

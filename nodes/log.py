@@ -1,0 +1,251 @@
+"""The replicated log on disk: SQLite in WAL mode, every commit fsynced (the only module that imports sqlite3).
+
+One row per entry; one row per replica for what it has promised. Appends are handed to a thread that commits all that has
+gathered in one transaction: while one fsync is under way the next group forms. A full disk stalls the thread, which
+tries again with the same rows until there is space; any other failure of the disk is fatal, because after a failed
+fsync nothing is known about what reached it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import sqlite3
+import threading
+import zlib
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.core.machine import Append, AppendCompleted, AppendStalled, EntryRow, ReplicaRow
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FORMAT_VERSION = 1
+LOG_NAME = "log.sqlite"
+LOCK_NAME = "LOCK"
+STALL_RETRY_S = 0.2
+CHECKPOINT_PAGES = 4096
+"""WAL pages after which SQLite copies them into the database file; larger means rarer and longer stalls."""
+
+_SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE replicas (
+    shard TEXT PRIMARY KEY, promised_epoch INTEGER NOT NULL, promised_token TEXT NOT NULL,
+    opened_epoch INTEGER NOT NULL, record TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE entries (
+    shard TEXT NOT NULL, last INTEGER NOT NULL, epoch INTEGER NOT NULL,
+    checksum INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (shard, last)
+) WITHOUT ROWID;
+"""
+
+
+class DiskError(Exception):
+    """The data directory cannot be used; the message names the file and says what to do."""
+
+
+class DiskFull(DiskError):
+    """No space left."""
+
+
+class NodeLog:
+    """The log of one node. Opening locks the data directory for this process (the lock dies with it)."""
+
+    def __init__(self, directory: Path, node: str) -> None:
+        self.path = directory / LOG_NAME
+        self._directory = directory
+        self._lock = _lock(directory)
+        try:
+            self._db = self._open()
+            self.incarnation = self._identify(node)
+        except sqlite3.Error as error:
+            os.close(self._lock)
+            raise _explain(self.path, error) from None
+        except DiskError:
+            os.close(self._lock)
+            raise
+        self._on_event: Callable[[Any], object] = lambda _: None
+        self._on_failure: Callable[[DiskError], object] = lambda _: None
+        self._queue: deque[Append] = deque()
+        self._filled = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+
+    def _open(self) -> sqlite3.Connection:
+        # The thread is the only user after `start`; before it, the opening thread is.
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        db.execute("PRAGMA cache_size = -8192")
+        return db
+
+    def _identify(self, node: str) -> str:
+        """Read or write who this directory belongs to."""
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if not tables:
+            meta = {
+                "format_version": str(FORMAT_VERSION), "node": node,
+                "incarnation": secrets.token_hex(8),
+            }  # fmt: skip
+            statements = "".join(f"{s};" for s in _SCHEMA.split(";") if s.strip())
+            values = ",".join(f"('{name}','{value}')" for name, value in meta.items())
+            self._db.executescript(f"BEGIN;{statements}INSERT INTO meta VALUES {values};COMMIT;")
+            _sync_directory(self._directory)
+            return meta["incarnation"]
+        meta = dict(self._db.execute("SELECT name, value FROM meta").fetchall())
+        version = int(meta["format_version"])
+        if version > FORMAT_VERSION:
+            raise DiskError(
+                f"{self.path} has format {version}, newer than the {FORMAT_VERSION} this release "
+                "reads; start the release that wrote it"
+            )
+        if meta["node"] != node:
+            raise DiskError(
+                f"{self._directory} belongs to node {meta['node']}, not {node}; "
+                "use that --id or another --data"
+            )
+        return meta["incarnation"]
+
+    # ---- what was there ----
+
+    def replicas(self) -> list[ReplicaRow]:
+        """Every replica that this node has promised anything for. Raises DiskError."""
+        try:
+            rows = self._db.execute("SELECT * FROM replicas ORDER BY shard").fetchall()
+            return [ReplicaRow(a, b, c, d, json.loads(record)) for a, b, c, d, record in rows]
+        except (sqlite3.Error, ValueError) as error:
+            raise _explain(self.path, error) from None
+
+    def entries(self, shard: str) -> Iterator[EntryRow]:
+        """The shard's log, in order. Raises DiskError when an entry is not as it was written."""
+        query = "SELECT last, epoch, checksum, body FROM entries WHERE shard = ? ORDER BY last"
+        try:
+            for last, epoch, checksum, body in self._db.execute(query, (shard,)):
+                if zlib.crc32(body) != checksum:
+                    raise _damaged(self.path, f"entry {last} of shard {shard} has a wrong checksum")
+                yield EntryRow(shard, last, epoch, body)
+        except sqlite3.Error as error:
+            raise _explain(self.path, error) from None
+
+    # ---- appends ----
+
+    def start(
+        self, on_event: Callable[[Any], object], on_failure: Callable[[DiskError], object]
+    ) -> None:
+        """Begin to append. Both callbacks are called from the log's thread."""
+        self._on_event, self._on_failure = on_event, on_failure
+        self._thread.start()
+
+    def append(self, append: Append) -> None:
+        with self._filled:
+            self._queue.append(append)
+            self._filled.notify()
+
+    def close(self, deadline_s: float = 5.0) -> None:
+        """Finish what was appended, then let go of the directory."""
+        with self._filled:
+            self._closing = True
+            self._filled.notify()
+        if self._thread.is_alive():
+            self._thread.join(deadline_s)
+        if not self._thread.is_alive():
+            self._db.close()
+            os.close(self._lock)
+
+    def _work(self) -> None:
+        while True:
+            with self._filled:
+                while not self._queue and not self._closing:
+                    self._filled.wait()
+                group = [*self._queue]
+                self._queue.clear()
+            if not group:
+                return
+            try:
+                self._commit_until_done(group)
+            except DiskError as error:
+                self._on_failure(error)
+                return
+            self._on_event(AppendCompleted(group[-1].ticket))
+
+    def _commit_until_done(self, group: list[Append]) -> None:
+        while True:
+            try:
+                return self._commit(group)
+            except DiskFull as error:
+                self._on_event(AppendStalled(str(error)))
+            with self._filled:
+                if self._closing:
+                    raise DiskError(f"{self.path}: closed while the disk was full")
+                self._filled.wait(STALL_RETRY_S)
+
+    def _commit(self, group: list[Append]) -> None:
+        entries = [
+            (row.shard, row.last, row.epoch, zlib.crc32(row.body), row.body)
+            for append in group
+            for row in append.entries
+        ]
+        replicas = [
+            (r.shard, r.promised_epoch, r.promised_token, r.opened_epoch, json.dumps(r.record))
+            for append in group
+            for r in append.replicas
+        ]
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("INSERT INTO entries VALUES (?,?,?,?,?)", entries)
+            if replicas:
+                self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?)", replicas)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise _explain(self.path, error) from None
+
+
+def _lock(directory: Path) -> int:
+    """Take the data directory for this process; a lock of a killed process is gone with it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DiskError(f"data directory {directory} cannot be written: {reason}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise DiskError(
+            f"data directory {directory} is in use by another process; stop it or use another --data"
+        ) from None
+    return handle
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _damaged(path: Path, reason: str) -> DiskError:
+    return DiskError(
+        f"the log {path} is damaged ({reason}); restore the file from a backup, or move the data "
+        "directory away and start the node with an empty one"
+    )
+
+
+def _explain(path: Path, error: Exception) -> DiskError:
+    code = getattr(error, "sqlite_errorname", "")
+    if code.startswith("SQLITE_FULL"):
+        return DiskFull(f"no space left for {path}")
+    if code.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
+        return DiskError(f"the log {path} cannot be opened for writing: {error}")
+    if code.startswith(("SQLITE_IOERR", "SQLITE_BUSY")):
+        return DiskError(f"the log {path} cannot be written: {error} ({code})")
+    return _damaged(path, str(error))

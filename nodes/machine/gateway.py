@@ -1,0 +1,365 @@
+"""The any-node verbs: route the requests of clients that know nothing of shards, and answer in their codec and time.
+
+A call is one request of a client. Its operations are grouped by shard into parts; each part goes to that shard's
+primary, to the own replica directly when that is here. A part that meets an old map or a silent primary is routed
+again, under the same identity, until the call's time is over; then the answer says whether it may have been applied.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.errors import (
+    BusKVError, KeyspaceUnknown, MalformedRequest, NoShard, OutcomeUnknown, Overloaded,
+    ShardUnavailable, ValueTooLarge, from_body,
+)  # fmt: skip
+from bus_kv.knobs import MILLISECOND_NS
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.batch import Batch, BatchReply, decode_batch_reply, split_batch
+from bus_kv.protocol.codec import decode_cbor, encode_cbor
+from bus_kv.protocol.requests import DataRequest, ScanRequest, make_cursor, result_of
+from bus_kv.protocol.shard_map import ShardState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.protocol.shard_map import Shard
+    from nodes.machine.node import NodeMachine
+
+@dataclass(slots=True)
+class Call:
+    """One client request on its way; `answer` gets its result or its failure, once."""
+
+    request: DataRequest | ScanRequest
+    deadline_ns: int
+    answer: Callable[[dict[str, Any] | BusKVError], None]
+    results: list[dict[str, Any] | None] = field(default_factory=list)
+    missing: int = 0
+    done: bool = False
+
+    def finish(self, outcome: dict[str, Any] | BusKVError) -> None:
+        if not self.done:
+            self.done = True
+            self.answer(outcome)
+
+
+@dataclass(slots=True)
+class _Part:
+    """The operations of a call that one shard owns, or a scan's page of it."""
+
+    call: Call
+    keyspace: str
+    positions: list[int]
+    batch: Batch | None
+    shard: str = ""
+    unanswered: bool = False
+    """An earlier sending was given up without an answer: it may have been applied."""
+    suspected: bool = False
+    waits: bool = True
+    """Not under way: it is sent when the map changes, or after a pause."""
+    failure: BusKVError | None = None
+
+
+class Gateway:
+    def __init__(self, node: NodeMachine, client: str) -> None:
+        self._node = node
+        self._knobs = node.knobs
+        self._client = client
+        """Identity of requests that came without one."""
+        self._number = 0
+        self._parts: dict[int, _Part] = {}
+        self._wakes: list[tuple[int, int]] = []
+
+    def start(
+        self, request: DataRequest | ScanRequest, now_ns: int,
+        answer: Callable[[dict[str, Any] | BusKVError], None],
+    ) -> None:  # fmt: skip
+        """Take on a request. `answer` is called once, within `answer_within_ms`."""
+        if len(self._parts) >= self._knobs.calls_max:
+            return answer(Overloaded("this node has too many requests under way; send it again"))
+        keyspace = self._node.map.keyspaces.get(request.keyspace)
+        if keyspace is None:
+            return answer(self._no_keyspace(request.keyspace))
+        if request.consistency is None:
+            request.consistency = keyspace.consistency
+        deadline_ns = now_ns + self._knobs.answer_within_ms * MILLISECOND_NS
+        call = Call(request, deadline_ns, answer)
+        if isinstance(request, ScanRequest):
+            call.missing = 1
+            return self._route(_Part(call, request.keyspace, [0], None), now_ns)
+        self._identify(request)
+        call.results = [None] * len(request.batch)
+        self._start_data(call, request, now_ns)
+        return None
+
+    def _no_keyspace(self, keyspace: str) -> BusKVError:
+        if not self._node.map.keyspaces:
+            return ShardUnavailable("no shard is laid out yet; send it again in a moment")
+        return KeyspaceUnknown(f"there is no keyspace {keyspace!r}; see `bus-kv status`")
+
+    def _identify(self, request: DataRequest) -> None:
+        batch = request.batch
+        assert request.consistency is not None
+        batch.consistency = request.consistency
+        if request.request_id is None:
+            self._number += 1
+            request.request_id = (self._client, self._number)
+        client, number = request.request_id
+        batch.client, batch.numbers = client, [number] * len(batch)
+        batch.indexes = list(range(len(batch))) if request.verb == "batch" else []
+
+    def _start_data(self, call: Call, request: DataRequest, now_ns: int) -> None:
+        batch = request.batch
+        groups = self._group(request.keyspace, batch)
+        outside = groups.pop(None, [])
+        if batch.atomic and len(groups) + bool(outside) > 1:
+            return call.finish(MalformedRequest("an atomic batch must lie within one shard"))
+        parts: list[_Part] = []
+        for positions in groups.values():
+            pieces = split_batch(batch.select(positions), self._node.batch_bytes_max)
+            for piece in pieces:
+                own, positions = positions[: len(piece)], positions[len(piece) :]
+                parts.append(_Part(call, request.keyspace, own, piece))
+        call.missing = len(parts) + bool(outside)
+        if outside:
+            self._finish_part(call, outside, [_no_shard().to_body()] * len(outside))
+        for part in parts:
+            self._route(part, now_ns)
+        return None
+
+    def _group(self, keyspace: str, batch: Batch) -> dict[str | None, list[int]]:
+        """Operations by the shard that owns their key; None: outside every shard."""
+        map = self._node.map
+        groups: dict[str | None, list[int]] = {}
+        for i, key in enumerate(batch.keys):
+            shard = map.shard_of(keyspace, key)
+            groups.setdefault(shard.id if shard else None, []).append(i)
+        return groups
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._parts)
+
+    # ---- one part ----
+
+    def _route(self, part: _Part, now_ns: int) -> None:
+        """Send a part to the primary of its shard, as the map is now; a part that lies in several is split."""
+        part.waits = True
+        if part.batch is None:
+            shard = self._scan_shard(part)
+            if shard is None:
+                empty: dict[str, Any] = {"items": [], "cursor": None}
+                return self._finish_part(part.call, part.positions, [empty])
+        else:
+            groups = self._group(part.keyspace, part.batch)
+            if len(groups) > 1:
+                return self._split(part, groups, now_ns)
+            shard = self._node.map.shard_of(part.keyspace, part.batch.keys[0])
+            if shard is None:
+                bodies = [_no_shard().to_body()] * len(part.positions)
+                return self._finish_part(part.call, part.positions, bodies)
+        part.shard = shard.id
+        if shard.state is not ShardState.ACTIVE:
+            part.failure = ShardUnavailable(f"shard {shard.id} is {shard.state}; send it again")
+            return self._pause(part, now_ns)
+        return self._send(part, shard, now_ns)
+
+    def _split(self, part: _Part, groups: dict[str | None, list[int]], now_ns: int) -> None:
+        assert part.batch is not None
+        part.call.missing += len(groups) - 1
+        for indexes in groups.values():
+            own = [part.positions[i] for i in indexes]
+            piece = _Part(part.call, part.keyspace, own, part.batch.select(indexes))
+            piece.unanswered = part.unanswered
+            self._route(piece, now_ns)
+
+    def _scan_shard(self, part: _Part) -> Shard | None:
+        """The shard where the page begins; where no shard is, the next one in the scan's direction."""
+        request = part.call.request
+        assert isinstance(request, ScanRequest)
+        shards = self._node.map.ordered(part.keyspace)
+        if request.reverse:
+            below = [s for s in shards if request.end is None or s.start < request.end]
+            return below[-1] if below and _reaches(below[-1], request.start) else None
+        above = [s for s in shards if s.end is None or request.start < s.end]
+        return above[0] if above and (request.end is None or above[0].start < request.end) else None
+
+    def _send(self, part: _Part, shard: Shard, now_ns: int) -> None:
+        part.waits = False
+        replica = self._node.serving(shard.id)
+        if replica is not None and part.batch is not None:
+            raw = part.batch.encode()
+            return replica.submit(part.batch, raw, shard.epoch, now_ns, partial(self._on_reply, part))
+        if replica is not None:
+            assert isinstance(part.call.request, ScanRequest)
+            page = replica.scan(part.call.request, shard.epoch, self._node.page_bytes_max)
+            if isinstance(page, BusKVError):
+                return self._on_failure(part, page)
+            return self._on_page(part, *page)
+        body: dict[str, Any] = {"epoch": shard.epoch}
+        if part.batch is not None:
+            body["batch"] = part.batch.encode()
+        else:
+            assert isinstance(part.call.request, ScanRequest)
+            body["scan"] = part.call.request.to_wire()
+        correlation = self._node.request_shard(shard.id, encode_cbor(body))
+        self._parts[correlation] = part
+        self._wake(correlation, now_ns + self._knobs.suspect_after_ms * MILLISECOND_NS, part)
+        return None
+
+    def _pause(self, part: _Part, now_ns: int) -> None:
+        correlation = self._node.next_correlation()
+        self._parts[correlation] = part
+        self._wake(correlation, now_ns + 50 * MILLISECOND_NS, part)
+
+    def _wake(self, correlation: int, at_ns: int, part: _Part) -> None:
+        heapq.heappush(self._wakes, (min(at_ns, part.call.deadline_ns), correlation))
+
+    # ---- what comes back ----
+
+    def on_response(self, correlation: int, body: bytes | None) -> bool:
+        """An answer of a primary; False when it is not (or no longer) this gateway's."""
+        part = self._parts.pop(correlation, None)
+        if part is None:
+            return False
+        if body is None:
+            self._node.suspect(part.shard, "no responders")
+            gone = ShardUnavailable(f"nobody serves shard {part.shard}; send it again")
+            self._on_failure(part, gone)
+            return True
+        fields = decode_cbor(body)
+        if "batch" in fields:
+            self._on_reply(part, decode_batch_reply(fields["batch"]))
+        elif "items" in fields:
+            self._on_page(part, fields["items"], fields["next"])
+        else:
+            self._on_failure(part, from_body(fields))
+        return True
+
+    def _on_reply(self, part: _Part, reply: BatchReply | BusKVError) -> None:
+        if isinstance(reply, BusKVError):
+            return self._on_failure(part, reply)
+        assert part.batch is not None
+        shard = self._node.map.shards.get(part.shard)
+        primary = shard.primary if shard else ""
+        results = [
+            result_of(part.batch, reply, i, part.shard, primary) for i in range(len(part.batch))
+        ]
+        for i, outcome in enumerate(reply.outcomes):
+            if outcome == b.UNANSWERED:
+                results[i] = _too_much().to_body()
+        return self._finish_part(part.call, part.positions, results)
+
+    def _on_page(self, part: _Part, items: list[dict[str, Any]], position: bytes | None) -> None:
+        request = part.call.request
+        assert isinstance(request, ScanRequest)
+        if position is None:
+            position = self._beyond(part, request)
+        cursor = None if position is None else make_cursor(request, position)
+        self._finish_part(part.call, part.positions, [{"items": items, "cursor": cursor}])
+
+    def _beyond(self, part: _Part, request: ScanRequest) -> bytes | None:
+        """Where the scan goes on behind the shard that is exhausted; None at the end of its range."""
+        shard = self._node.map.shards.get(part.shard)
+        if shard is None:
+            return None
+        if request.reverse:
+            return shard.start if shard.start > request.start else None
+        if shard.end is None or (request.end is not None and shard.end >= request.end):
+            return None
+        return shard.end
+
+    def _on_failure(self, part: _Part, failure: BusKVError) -> None:
+        """Route the part again if that can help and time is left, else tell the client."""
+        now_ns = self._node.now_ns
+        part.unanswered = part.unanswered or not failure.definite
+        part.failure = failure
+        part.waits = True
+        if not failure.retriable:
+            return self._fail_part(part, failure)
+        if now_ns >= part.call.deadline_ns:
+            return self._fail_part(part, self._out_of_time(part))
+        if failure.refreshes_map:
+            self._node.fetch_map()
+        return self._pause(part, now_ns)
+
+    def _fail_part(self, part: _Part, failure: BusKVError) -> None:
+        if isinstance(part.call.request, ScanRequest) or part.call.request.verb != "batch":
+            part.call.finish(failure)
+            return
+        self._finish_part(part.call, part.positions, [failure.to_body()] * len(part.positions))
+
+    def _finish_part(self, call: Call, positions: list[int], results: list[dict[str, Any]]) -> None:
+        if isinstance(call.request, ScanRequest):
+            return call.finish(results[0])
+        for position, result in zip(positions, results, strict=True):
+            call.results[position] = result
+        call.missing -= 1
+        if call.missing:
+            return None
+        if call.request.verb == "batch":
+            return call.finish({"results": call.results})
+        only = call.results[0]
+        assert only is not None
+        return call.finish(from_body(only) if "code" in only else only)
+
+    # ---- time ----
+
+    def next_deadline_ns(self) -> int | None:
+        while self._wakes and self._wakes[0][1] not in self._parts:
+            heapq.heappop(self._wakes)
+        return self._wakes[0][0] if self._wakes else None
+
+    def on_deadline(self, now_ns: int) -> None:
+        while self._wakes and self._wakes[0][0] <= now_ns:
+            _, correlation = heapq.heappop(self._wakes)
+            part = self._parts.get(correlation)
+            if part is not None:
+                self._on_wake(correlation, part, now_ns)
+
+    def _on_wake(self, correlation: int, part: _Part, now_ns: int) -> None:
+        if part.call.done:
+            del self._parts[correlation]
+        elif now_ns >= part.call.deadline_ns:
+            del self._parts[correlation]
+            self._fail_part(part, self._out_of_time(part))
+        elif part.waits:
+            del self._parts[correlation]
+            self._route(part, now_ns)
+        else:
+            if not part.suspected:
+                part.suspected = True
+                self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
+            self._wake(correlation, part.call.deadline_ns, part)
+
+    def _out_of_time(self, part: _Part) -> BusKVError:
+        writes = part.batch is not None and part.batch.kinds.count(b.GET) < len(part.batch)
+        if writes and (part.unanswered or not part.waits):
+            return OutcomeUnknown(
+                f"shard {part.shard} has not answered; send it again with the same request_id"
+            )
+        return part.failure or ShardUnavailable(f"shard {part.shard} does not answer; send it again")
+
+    def on_map(self, now_ns: int) -> None:
+        """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
+        for correlation, part in list(self._parts.items()):
+            if part.waits or part.suspected:
+                del self._parts[correlation]
+                part.unanswered = part.unanswered or not part.waits
+                self._route(part, now_ns)
+
+
+def _reaches(shard: Shard, start: bytes) -> bool:
+    return shard.end is None or start < shard.end
+
+
+def _no_shard() -> BusKVError:
+    return NoShard("the key lies outside every shard; see `bus-kv shards list`")
+
+
+def _too_much() -> BusKVError:
+    return ValueTooLarge("the values do not fit into one reply; ask for fewer keys at once")
+

@@ -1,0 +1,529 @@
+"""A node: the replicas it holds, the gateway for clients, and its part in the control plane.
+
+Life of a process: `starting` until it knows that no other process runs under its id, then `running`: heartbeats, the
+shard map, requests. It changes roles only when told so by the map or by a coordinator's seal, open or announcement.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.core.endpoints import Endpoint
+from bus_kv.core.machine import (
+    Append, AppendCompleted, AppendStalled, EntryRow, Halt, Publish, Ready, Received, ReplicaRow,
+    Request, Responded, StoreGet, Stored, Subscribe,
+)  # fmt: skip
+from bus_kv.core.timers import Timers
+from bus_kv.errors import BusKVError, Overloaded, ShardUnavailable, ValueTooLarge
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs, batch_bytes_max, value_bytes_max
+from bus_kv.protocol.codec import (
+    Codec, codec_of, decode_body, decode_cbor, encode_body, encode_cbor, encode_json,
+)  # fmt: skip
+from bus_kv.protocol.messages import (
+    Heartbeat, ReplicaReport, Run, failure_headers, heartbeat_from_wire,
+)  # fmt: skip
+from bus_kv.protocol.requests import InfoRequest, parse_request
+from bus_kv.protocol.shard_map import (
+    Shard, ShardMap, ShardState, apply_delta, from_document, shard_from_document,
+)  # fmt: skip
+from bus_kv.subjects import Subjects
+from nodes.machine import views
+from nodes.machine.gateway import Gateway
+from nodes.machine.replica import Replica, Status
+from nodes.machine.shard_requests import ShardRequests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.core.machine import Effect, Event
+
+HELLO_WAIT_NS = 300 * MILLISECOND_NS
+"""How long a starting node waits for another process to say that it has the same id."""
+FETCH_PAUSE_NS = 50 * MILLISECOND_NS
+"""The store is read at most this often, however many requests meet an old map."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    id: str
+    incarnation: str
+    run: Run
+    subjects: Subjects
+    max_payload_bytes: int
+    version: str = ""
+    zone: str | None = None
+    weight: int = 1
+
+
+class NodeMachine:
+    def __init__(self, config: NodeConfig, knobs: Knobs) -> None:
+        self.config = config
+        self.knobs = knobs
+        self.map = ShardMap()
+        self.now_ns = 0
+        self.value_bytes_max = value_bytes_max(config.max_payload_bytes)
+        self.batch_bytes_max = batch_bytes_max(config.max_payload_bytes)
+        self.page_bytes_max = self.batch_bytes_max // 2
+        self.replicas: dict[str, Replica] = {}
+        self.peers: dict[str, tuple[int, Heartbeat]] = {}
+        """Newest heartbeat of each node, and when it came."""
+        self.endpoints: dict[str, Endpoint] = {}
+        self.stalled = ""
+        """Why the log cannot take more at the moment."""
+        self._gateway = Gateway(self, f"{config.id}-{config.run[1]}")
+        self._shard_requests = ShardRequests(self)
+        self._running = False
+        self._effects: list[Effect] = []
+        self._rows: dict[str, ReplicaRow] = {}
+        self._after_rows: list[Callable[[], None]] = []
+        """What to do when the replica rows of this turn are durable."""
+        self._appended: deque[tuple[int, list[tuple[Replica, int]], list[Callable[[], None]]]] = deque()
+        self._ticket = 0
+        self._correlation = 0
+        self._timers = Timers()
+        self._fetch: int | None = None
+        self._hello: int | None = None
+        self._map_waiters: list[Callable[[Stored], None]] = []
+
+    # ---- start ----
+
+    def restore(self, row: ReplicaRow) -> Replica:
+        """A replica that the disk remembers; its entries follow through `Replica.replay`, before `start`."""
+        replica = self._new_replica(shard_from_document(row.record))
+        replica.restore(row)
+        return replica
+
+    def _new_replica(self, shard: Shard) -> Replica:
+        replica = Replica(shard, self.config.id, self.knobs, self.batch_bytes_max)
+        self.replicas[shard.id] = replica
+        return replica
+
+    def start(self, now_ns: int) -> None:
+        """Ask whether another process runs under this id; go on when none has said so."""
+        self.now_ns = now_ns
+        subject = self.config.subjects.node_inbox(self.config.id)
+        self._hello = self.next_correlation()
+        body = encode_cbor({"type": "hello", "run": self.config.run})
+        self._effects.append(Request(self._hello, subject, body))
+        self._timers.start("hello", now_ns + HELLO_WAIT_NS)
+
+    def _run(self) -> None:
+        self._running = True
+        self._effects.append(Subscribe("verb", "", True))
+        self.fetch_map()
+        self._beat()
+
+    def leave(self, now_ns: int) -> None:
+        """Tell the others that this process is about to end."""
+        self.now_ns = now_ns
+        for replica in self.replicas.values():
+            replica.fail_waiting("the node is shutting down")
+        if self._running:
+            self._publish_heartbeat(leaving=True)
+
+    def reconnected(self, now_ns: int) -> None:
+        """The bus was away: read the map again and say that this node is here."""
+        self.now_ns = now_ns
+        if self._running:
+            self._fetch = None
+            self.fetch_map()
+            self._beat()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a client still waits for an answer that is on its way."""
+        return self._gateway.is_busy or any(r.is_waiting for r in self.replicas.values())
+
+    # ---- the machine ----
+
+    def step(self, event: Event, now_ns: int) -> None:
+        self.now_ns = now_ns
+        match event:
+            case Received():
+                self._on_message(event)
+            case AppendCompleted(ticket):
+                self.stalled = ""
+                self._on_durable(ticket)
+            case Responded(correlation, body):
+                self._on_response(correlation, body)
+            case Stored():
+                self._on_stored(event)
+            case AppendStalled(reason):
+                self.stalled = reason
+
+    def on_deadline(self, now_ns: int) -> None:
+        self.now_ns = now_ns
+        for name in self._timers.pop_due(now_ns):
+            if name == "hello":
+                self._run()
+            elif name == "heartbeat":
+                self._beat()
+            elif name == "fetch":
+                self._fetch = None
+                self.fetch_map()
+        self._gateway.on_deadline(now_ns)
+        for replica in self.replicas.values():
+            replica.on_deadline(now_ns)
+
+    def next_deadline_ns(self) -> int | None:
+        candidates = [self._timers.next_ns(), self._gateway.next_deadline_ns()]
+        candidates += [replica.next_deadline_ns() for replica in self.replicas.values()]
+        return min((c for c in candidates if c is not None), default=None)
+
+    def take_ready(self, now_ns: int) -> Ready:
+        self.now_ns = now_ns
+        entries: list[EntryRow] = []
+        ends: list[tuple[Replica, int]] = []
+        for replica in self.replicas.values():
+            rows = replica.take_entries()
+            if rows:
+                entries += rows
+                ends.append((replica, rows[-1].last))
+        append = None
+        if entries or self._rows:
+            self._ticket += 1
+            append = Append(self._ticket, entries, list(self._rows.values()))
+            self._appended.append((self._ticket, ends, self._after_rows))
+            self._rows, self._after_rows = {}, []
+        effects, self._effects = self._effects, []
+        return Ready(effects, append)
+
+    def _on_durable(self, ticket: int) -> None:
+        while self._appended and self._appended[0][0] <= ticket:
+            _, ends, callbacks = self._appended.popleft()
+            for replica, last in ends:
+                replica.on_durable(last)
+            for callback in callbacks:
+                callback()
+
+    # ---- messages ----
+
+    def _on_message(self, message: Received) -> None:
+        match message.channel:
+            case "shard":
+                self._shard_requests.on_request(message)
+            case "verb":
+                self._on_verb(message)
+            case "node":
+                self._on_control(message)
+            case "heartbeat":
+                self._on_heartbeat(message)
+            case "map":
+                self._on_delta(message)
+            case channel:
+                raise AssertionError(f"no such channel: {channel}")
+
+    def answer(
+        self, endpoint: str, message: Received, codec: Codec, result: dict[str, Any] | BusKVError,
+        since_ns: int,
+    ) -> None:  # fmt: skip
+        """Answer a request in its codec and count it. What does not fit into one message becomes a failure."""
+        if not isinstance(result, BusKVError):
+            body = encode_body(codec, result)
+            if len(body) <= self.config.max_payload_bytes - 512:
+                self._count(endpoint, since_ns, None)
+                return self._reply(message, body)
+            hint = "ask in CBOR" if codec is Codec.JSON else "ask for less at once"
+            result = ValueTooLarge(f"the reply is too big for one message; {hint}")
+        self._count(endpoint, since_ns, result)
+        return self._reply(message, encode_body(codec, result.to_body()), failure_headers(result))
+
+    def _reply(
+        self, message: Received, body: bytes, headers: dict[str, str] | None = None
+    ) -> None:
+        if message.reply:
+            self._effects.append(Publish(message.reply, body, headers))
+
+    def _count(self, endpoint: str, since_ns: int, failure: BusKVError | None) -> None:
+        counters = self.endpoints.setdefault(endpoint, Endpoint())
+        text = None if failure is None else f"{failure.status}:{failure.code}"
+        counters.record(self.now_ns - since_ns, text)
+
+    def _on_verb(self, message: Received) -> None:
+        verb, since_ns, codec = message.name, self.now_ns, codec_of(message.body)
+
+        def answer(result: dict[str, Any] | BusKVError) -> None:
+            self.answer(verb, message, codec, result, since_ns)
+
+        try:
+            codec, fields = decode_body(message.body)
+            request = parse_request(verb, fields, self.value_bytes_max)
+        except BusKVError as error:
+            return answer(error)
+        if not isinstance(request, InfoRequest):
+            if self.stalled and views.writes(request):
+                return answer(self.stalled_failure())
+            return self._gateway.start(request, self.now_ns, answer)
+        if verb == "map" and not request.cached:
+            return self._read_map(answer)
+        return answer(views.info(verb, self))
+
+    def stalled_failure(self) -> BusKVError:
+        return ShardUnavailable(f"node {self.config.id} cannot write its log: {self.stalled}")
+
+    def overloaded(self, message: Received) -> Publish | None:
+        """The answer to a message that found the inbox full."""
+        if not message.reply or message.channel not in ("verb", "shard"):
+            return None
+        error = Overloaded(f"node {self.config.id} has a full inbox; send it again")
+        body = encode_body(codec_of(message.body), error.to_body())
+        return Publish(message.reply, body, failure_headers(error))
+
+    # ---- the shard map ----
+
+    def serving(self, shard: str) -> Replica | None:
+        """The own replica of a shard when it is the active primary."""
+        replica = self.replicas.get(shard)
+        return replica if replica is not None and replica.status is Status.ACTIVE else None
+
+    def fetch_map(self) -> None:
+        """Read the whole map from the store, unless that is under way or was just done."""
+        if self._fetch is None:
+            self._fetch = self.next_correlation()
+            self._effects.append(StoreGet(self._fetch, "map"))
+            timeout_ns = self.knobs.store_timeout_ms * MILLISECOND_NS
+            self._timers.start("fetch", self.now_ns + timeout_ns)
+
+    def _read_map(self, answer: Callable[[dict[str, Any] | BusKVError], None]) -> None:
+        """`map`: from the store, not from a copy that may lag."""
+
+        def on_stored(stored: Stored) -> None:
+            if stored.failure is not None:
+                answer(ShardUnavailable(f"the map's store does not answer: {stored.failure}"))
+            else:
+                answer(self.map.public())
+
+        self._map_waiters.append(on_stored)
+        if len(self._map_waiters) == 1:
+            self._effects.append(StoreGet(-1, "map"))
+
+    def _on_stored(self, stored: Stored) -> None:
+        if stored.document is not None:
+            self._adopt(from_document(stored.document))
+        if stored.correlation == -1:
+            waiters, self._map_waiters = self._map_waiters, []
+            for waiter in waiters:
+                waiter(stored)
+        elif stored.correlation == self._fetch:
+            self._fetch = None
+            self._timers.stop("fetch")
+            if stored.failure is not None:
+                self._timers.start("fetch", self.now_ns + SECOND_NS)
+                self._fetch = self.next_correlation()
+
+    def _on_delta(self, message: Received) -> None:
+        try:
+            map = apply_delta(self.map, decode_body(message.body)[1])
+        except (BusKVError, KeyError, TypeError, ValueError, AttributeError):
+            map = None
+        if map is None:
+            self.fetch_map()
+        else:
+            self._adopt(map)
+
+    def _adopt(self, map: ShardMap) -> None:
+        if map.map_version <= self.map.map_version:
+            return
+        self.map = map
+        for shard in map.shards.values():
+            replica = self.replicas.get(shard.id)
+            if replica is not None:
+                self._follow(replica, shard)
+        self._gateway.on_map(self.now_ns)
+
+    def _follow(self, replica: Replica, shard: Shard) -> None:
+        keyspace = self.map.keyspaces[shard.keyspace]
+        replica.policy = keyspace.policy
+        replica.members_for_all = min(keyspace.replication_factor, len(self.map.nodes))
+        if shard.state is not ShardState.ACTIVE:
+            return
+        own = (shard.epoch, shard.token) == replica.promised and shard.primary == self.config.id
+        if own and replica.status is Status.OPENED:
+            self._activate(replica, shard)
+        elif shard.epoch > replica.shard.epoch and replica.status is Status.ACTIVE:
+            self._stop_serving(replica)
+            replica.status = Status.RESTARTED
+            replica.fail_waiting("another configuration of the shard is active")
+
+    def _activate(self, replica: Replica, shard: Shard) -> None:
+        replica.activate(shard)
+        self._effects.append(Subscribe("shard", shard.id, True))
+        self._beat()
+
+    def _stop_serving(self, replica: Replica) -> None:
+        if replica.status is Status.ACTIVE:
+            self._effects.append(Subscribe("shard", replica.shard.id, False))
+
+    # ---- control messages: hello, seal, open, active ----
+
+    def _on_control(self, message: Received) -> None:
+        try:
+            fields = decode_cbor(message.body)
+            handle = {
+                "hello": self._on_hello,
+                "seal": self._on_seal,
+                "open": self._on_open,
+                "active": self._on_active,
+            }[fields["type"]]
+            handle(fields, partial(self._reply_control, message))
+        except (BusKVError, KeyError, TypeError, ValueError) as error:
+            self._reply_control(message, {"type": "refused", "reason": f"not understood: {error!r}"})
+
+    def _reply_control(self, message: Received, fields: dict[str, Any]) -> None:
+        self._reply(message, encode_cbor({"node": self.config.id, **fields}))
+
+    def _on_hello(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
+        if tuple(fields["run"]) != self.config.run:
+            reply({"type": "here", "run": self.config.run})
+
+    def _on_seal(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
+        """Step 2: promise, durably, and report how far the log goes (R1)."""
+        replica = self.replicas.get(fields["shard"])
+        epoch, token = fields["epoch"], fields["token"]
+        if fields["incarnation"] != self.config.incarnation or replica is None:
+            return reply({"type": "refused", "reason": "this replica is not here"})
+        if (epoch, token) != replica.promised and epoch <= replica.promised[0]:
+            return reply(
+                {"type": "refused", "reason": "promised more", "promised": replica.promised}
+            )
+        self._stop_serving(replica)
+        replica.promise(epoch, token)
+        self._persist(
+            replica,
+            lambda: reply(
+                {
+                    "type": "sealed", "shard": replica.shard.id, "epoch": epoch, "token": token,
+                    "incarnation": self.config.incarnation, "last": replica.last,
+                    "commit_seq": replica.commit_seq,
+                }
+            ),
+        )  # fmt: skip
+        return None
+
+    def _on_open(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
+        """Step 3: begin the epoch as its primary."""
+        shard = shard_from_document(fields["record"])
+        member = shard.member(self.config.id)
+        if member is None or member.incarnation != self.config.incarnation:
+            return reply({"type": "refused", "reason": "this replica is not here"})
+        replica = self.replicas.get(shard.id)
+        if replica is None and shard.last_active is not None:
+            return reply({"type": "refused", "reason": "the shard has a past that is not here"})
+        replica = replica or self._new_replica(shard)
+        opened = {"type": "opened", "shard": shard.id, "epoch": shard.epoch, "token": shard.token}
+        attempt = (shard.epoch, shard.token)
+        if attempt == replica.promised and replica.status in (Status.OPENED, Status.ACTIVE):
+            return reply(opened)
+        if attempt == replica.promised and replica.status is Status.OPENING:
+            return None
+        if shard.epoch <= replica.opened_epoch or shard.epoch < replica.promised[0]:
+            return reply(
+                {"type": "refused", "reason": "promised more", "promised": replica.promised}
+            )
+        replica.open(shard, self.now_ns // 1_000_000)
+        self._persist(replica, lambda: self._after_open(replica, lambda: reply(opened)))
+        return None
+
+    def _after_open(self, replica: Replica, tell: Callable[[], None]) -> None:
+        tell()
+        self._beat()
+        shard = self.map.shards.get(replica.shard.id)
+        if shard is not None:
+            self._follow(replica, shard)
+
+    def _on_active(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
+        """Step 4, told directly: the record is ACTIVE."""
+        del reply
+        shard = shard_from_document(fields["record"])
+        replica = self.replicas.get(shard.id)
+        if replica is None or shard.state is not ShardState.ACTIVE:
+            return
+        if replica.status is Status.OPENED and (shard.epoch, shard.token) == replica.promised:
+            self._activate(replica, shard)
+        self.fetch_map()
+
+    def _persist(self, replica: Replica, then: Callable[[], None]) -> None:
+        self._rows[replica.shard.id] = replica.row()
+        self._after_rows.append(then)
+
+    # ---- heartbeats ----
+
+    def _beat(self) -> None:
+        """Send a heartbeat now, and the next after an interval."""
+        if self._running:
+            self._publish_heartbeat()
+            interval_ns = int(self.knobs.heartbeat_interval_s * SECOND_NS)
+            self._timers.start("heartbeat", self.now_ns + interval_ns)
+
+    def _publish_heartbeat(self, leaving: bool = False) -> None:
+        beat = replace(self.heartbeat(), leaving=leaving)
+        subject = self.config.subjects.heartbeat(self.config.id)
+        self._effects.append(Publish(subject, encode_json(beat.to_wire())))
+
+    def heartbeat(self) -> Heartbeat:
+        config = self.config
+        return Heartbeat(
+            config.id, config.incarnation, config.run, zone=config.zone, weight=config.weight,
+            version=config.version, value_bytes_max=self.value_bytes_max,
+            map_version=self.map.map_version, shards=[*map(_report, self.replicas.values())],
+        )  # fmt: skip
+
+    def _on_heartbeat(self, message: Received) -> None:
+        try:
+            beat = heartbeat_from_wire(decode_body(message.body)[1])
+        except (BusKVError, KeyError, TypeError, ValueError):
+            return
+        if beat.node != self.config.id:
+            self.peers[beat.node] = (self.now_ns, beat)
+        elif beat.run > self.config.run:
+            self._halt_for_newer()
+        if beat.map_version > self.map.map_version:
+            self.fetch_map()
+
+    def _halt_for_newer(self) -> None:
+        self._effects.append(
+            Halt(1, f"a newer process runs as node {self.config.id}; this one stops")
+        )
+
+    # ---- answers and plumbing ----
+
+    def next_correlation(self) -> int:
+        self._correlation += 1
+        return self._correlation
+
+    def request_shard(self, shard: str, body: bytes) -> int:
+        correlation = self.next_correlation()
+        subject = self.config.subjects.shard_request(shard)
+        self._effects.append(Request(correlation, subject, body))
+        return correlation
+
+    def _on_response(self, correlation: int, body: bytes | None) -> None:
+        if correlation != self._hello or body is None:
+            self._gateway.on_response(correlation, body)
+            return
+        if tuple(decode_cbor(body)["run"]) < self.config.run:
+            self._effects.append(
+                Halt(1, f"node {self.config.id} runs already; stop it first or use another --id")
+            )
+
+    def suspect(self, shard: str, reason: str) -> None:
+        """Say on the bus that a shard's primary does not answer. A hint: it affects speed, never safety."""
+        record = self.map.shards.get(shard)
+        if record is None:
+            return
+        body = {"node": record.primary, "shard": shard, "by": self.config.id, "reason": reason}
+        subject = self.config.subjects.suspect_event(record.primary)
+        self._effects.append(Publish(subject, encode_json(body)))
+
+
+def _report(replica: Replica) -> ReplicaReport:
+    table = replica.table
+    return ReplicaReport(
+        replica.shard.id, *replica.promised, str(replica.status), replica.last, replica.commit_seq,
+        len(table.records), table.data_bytes, replica.operations,
+    )  # fmt: skip
+
+

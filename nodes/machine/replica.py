@@ -1,0 +1,517 @@
+"""One node's copy of one shard: it orders writes while it is the primary, and enforces the shard map (rules R1–R8).
+
+Theory of operation. A write is decided once, when it arrives: its outcome and seq are judged against the end of the log
+(committed state under the uncommitted tail), and its batch joins the open segment. Every turn each open segment becomes
+one entry; the log makes it durable; `on_durable` commits it, moves its writes into the table and releases the answers
+that waited for it. An answer waits for the end of the log that it was judged against, so nobody is told about a state
+that a crash can still take back. A read of committed state waits for nothing.
+
+A replica may serve only while ACTIVE: its opening entry is durable and it knows that the map names its (epoch, token)
+ACTIVE. It gets there by `open` and `activate`, and leaves by `promise`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bus_kv.core.machine import EntryRow, ReplicaRow
+from bus_kv.errors import (
+    BusKVError, ConsistencyNotMet, NotPrimary, OutcomeUnknown, Overloaded, PreconditionFailed,
+    StaleEpoch, WrongShard,
+)  # fmt: skip
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.batch import Batch, BatchReply
+from bus_kv.protocol.entry import Entry, applied_count
+from bus_kv.protocol.shard_map import shard_to_document, token_of
+from nodes.machine.dedup import DedupWindow, Run
+from nodes.machine.table import Record, Table, Writes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.knobs import Knobs
+    from bus_kv.protocol.requests import ScanRequest
+    from bus_kv.protocol.shard_map import Shard
+
+    Respond: TypeAlias = Callable[[BatchReply | BusKVError], None]
+
+
+class Status(StrEnum):
+    RESTARTED = "restarted"
+    """Has a log and a past; needs a new epoch before it may serve (R7)."""
+    PROMISED = "promised"
+    """Sealed for a higher epoch; takes part in nothing older (R1)."""
+    OPENING = "opening"
+    OPENED = "opened"
+    """The opening entry is durable; whether the map says ACTIVE is not known yet."""
+    ACTIVE = "active"
+
+
+@dataclass(slots=True)
+class Segment:
+    """The writes of one entry between decision and commit."""
+
+    epoch: int
+    first: int
+    previous: tuple[int, int]
+    time_ms: int
+    record: dict[str, Any] | None = None
+    last: int = 0
+    outcomes: list[bytes] = field(default_factory=list)
+    batches: list[bytes] = field(default_factory=list)
+    batch_bytes: int = 0
+    writes: Writes = field(default_factory=dict)
+    appended: bool = False
+
+    def entry(self, shard: str) -> Entry:
+        return Entry(
+            shard, self.epoch, self.first, self.last, self.previous, self.time_ms,
+            tuple(self.outcomes), tuple(self.batches), self.record,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Waiting:
+    seq: int
+    deadline_ns: int
+    respond: Respond
+    reply: BatchReply
+
+
+@dataclass(slots=True)
+class _Decision:
+    """What became of one batch: `writes` and `outcomes` of the new operations, and the reply to all."""
+
+    writes: Writes
+    outcomes: bytes
+    reply: BatchReply
+
+
+class Replica:
+    def __init__(self, shard: Shard, node: str, knobs: Knobs, entry_bytes_max: int) -> None:
+        self.shard = shard
+        self.node = node
+        self.status = Status.RESTARTED
+        self.promised: tuple[int, str] = (0, "")
+        self.opened_epoch = 0
+        self.last: tuple[int, int] = (0, 0)
+        """(epoch, seq) of the end of the log, appended or still in memory."""
+        self.commit_seq = 0
+        self.time_ms = 0
+        self.table = Table()
+        self.tail: deque[Segment] = deque()
+        self.members_for_all = 1
+        """min(replication_factor, nodes of the map): how many members ALL takes (R4)."""
+        self.operations = 0
+        """Operations answered since the start of the process."""
+        self._knobs = knobs
+        self._entry_bytes_max = entry_bytes_max
+        self._dedup = DedupWindow(knobs.dedup_window_ms, knobs.dedup_clients_max)
+        self._waiting: deque[_Waiting] = deque()
+
+    # ---- life cycle ----
+
+    def restore(self, row: ReplicaRow) -> None:
+        """Take up what the disk remembers, before `replay`."""
+        self.promised = (row.promised_epoch, row.promised_token)
+        self.opened_epoch = row.opened_epoch
+
+    def replay(self, entry: Entry) -> None:
+        """Apply an entry read from the log at start. All of it is committed: a shard's only member is its majority."""
+        assert entry.previous == self.last, f"log of {self.shard.id} has a gap before {entry.first}"
+        seq = entry.first
+        for outcomes, batch in entry.decoded():
+            writes = _logged_writes(batch, outcomes, entry.epoch, seq, entry.time_ms)
+            self._remember(batch, outcomes, entry.epoch, seq, entry.time_ms)
+            self.table.apply(writes)
+            seq += applied_count(outcomes)
+        self.last = (entry.epoch, entry.last)
+        self.commit_seq = entry.last
+        self.time_ms = entry.time_ms
+
+    def row(self) -> ReplicaRow:
+        return ReplicaRow(
+            self.shard.id, *self.promised, self.opened_epoch, shard_to_document(self.shard)
+        )
+
+    def promise(self, epoch: int, token: str) -> None:
+        """Take part in nothing older from now on. The caller makes it durable before it answers (R1)."""
+        assert (epoch, token) == self.promised or epoch > self.promised[0], "R1: promises only grow"
+        self.promised = (epoch, token)
+        if self.status is not Status.PROMISED:
+            self.status = Status.PROMISED
+            self.fail_waiting("the shard is changing its configuration")
+
+    def open(self, shard: Shard, time_ms: int) -> None:
+        """Begin `shard.epoch` as its primary with an opening entry; at most once per epoch (step 3, R7)."""
+        assert shard.epoch > self.opened_epoch, "R7: an epoch is opened once"
+        assert self.promised[0] <= shard.epoch, "R1: a lower epoch is refused"
+        self.shard = shard
+        self.promised = (shard.epoch, shard.token)
+        self.opened_epoch = shard.epoch
+        self.status = Status.OPENING
+        self.time_ms = max(self.time_ms, time_ms)
+        seq = self.last[1] + 1
+        segment = Segment(shard.epoch, seq, self.last, self.time_ms, shard_to_document(shard))
+        segment.last = seq
+        self.last = (shard.epoch, seq)
+        self.tail.append(segment)
+
+    def activate(self, shard: Shard) -> None:
+        """The map says that this replica's attempt is ACTIVE: serve (step 4)."""
+        assert self.status is Status.OPENED, "step 4: serve only after the opening entry is durable"
+        assert (shard.epoch, shard.token) == self.promised, "step 4: only the own attempt counts"
+        self.shard = shard
+        self.status = Status.ACTIVE
+        self._commit(self.last[1])
+
+    # ---- writes and reads ----
+
+    def submit(self, batch: Batch, raw: bytes, epoch: int, now_ns: int, respond: Respond) -> None:
+        """Answer a checked batch: a batch of gets now, any other once what it was judged against is committed."""
+        refusal = self._refusal(batch, epoch)
+        if refusal is not None:
+            return respond(refusal)
+        self.operations += len(batch)
+        if batch.kinds.count(b.GET) == len(batch):
+            return respond(self._read(batch))
+        decision = self._decide(batch, max(self.time_ms, now_ns // 1_000_000))
+        if decision.writes:
+            self._accept(batch, raw, decision)
+        self._answer_at_end(decision.reply, now_ns, respond)
+
+    def _refusal(self, batch: Batch, epoch: int) -> BusKVError | None:
+        if self.status is not Status.ACTIVE:
+            return NotPrimary(f"node {self.node} does not serve shard {self.shard.id}; read the map")
+        if epoch != self.shard.epoch:
+            return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
+        tokens = batch.keys
+        if self.policy != "range":
+            tokens = [token_of(self.policy, key) for key in batch.keys]
+        end = self.shard.end
+        if min(tokens) < self.shard.start or (end is not None and max(tokens) >= end):
+            return WrongShard(f"a key lies outside shard {self.shard.id}; read the map")
+        if self.last[1] - self.commit_seq > self._knobs.tail_operations_max:
+            return Overloaded(f"shard {self.shard.id} has too many writes under way; send it again")
+        return None
+
+    policy = "range"
+    """How keys map to tokens; the node sets it from the keyspace."""
+
+    def _read(self, batch: Batch) -> BatchReply:
+        records = [*map(self.table.records.get, batch.keys)]
+        reply = _read_reply(records, self._entry_bytes_max)
+        if batch.consistency == "one":
+            reply.read = (self.shard.epoch, self.commit_seq, 0)
+        return reply
+
+    def _decide(self, batch: Batch, time_ms: int) -> _Decision:
+        """Outcomes of a batch at the end of the log. The plain case, new puts without conditions, is the hot path."""
+        self.time_ms = time_ms
+        seen = self._dedup.seen(batch)
+        if seen or batch.conditions or batch.ttls_ms or batch.kinds.count(b.PUT) < len(batch):
+            return _Judge(self, batch, time_ms, seen).decide()
+        epoch, first = self.shard.epoch, self.last[1] + 1
+        latest = self.latest
+        outcomes = bytes(
+            [b.CREATED if latest(key) is None else b.REPLACED for key in batch.keys]
+        ) if len(set(batch.keys)) == len(batch.keys) else None  # fmt: skip
+        if outcomes is None:
+            return _Judge(self, batch, time_ms, seen).decide()
+        seqs = range(first, first + len(batch))
+        writes: Writes = {
+            key: (value, epoch, seq, None)  # type: ignore[misc]  # a put's value is bytes
+            for key, value, seq in zip(batch.keys, batch.values, seqs, strict=True)
+        }
+        return _Decision(writes, outcomes, BatchReply(outcomes, epoch, first))
+
+    def latest(self, key: bytes) -> Record | None:
+        """The key's record at the end of the log."""
+        for segment in reversed(self.tail):
+            if key in segment.writes:
+                return segment.writes[key]
+        return self.table.records.get(key)
+
+    def _accept(self, batch: Batch, raw: bytes, decision: _Decision) -> None:
+        """Put a decided batch at the end of the log."""
+        segment = self._open_segment(len(raw) + len(batch))
+        first = self.last[1] + 1
+        segment.outcomes.append(decision.outcomes)
+        segment.batches.append(raw)
+        segment.batch_bytes += len(raw) + len(batch)
+        segment.writes |= decision.writes
+        segment.last = self.last[1] + applied_count(decision.outcomes)
+        self.last = (segment.epoch, segment.last)
+        self._remember(batch, decision.outcomes, segment.epoch, first, segment.time_ms)
+        if batch.consistency == "all" and len(self.shard.members) < self.members_for_all:
+            self._tell_all_not_met(decision.reply)
+
+    def _open_segment(self, more_bytes: int) -> Segment:
+        segment = self.tail[-1] if self.tail else None
+        if (
+            segment is None
+            or segment.appended
+            or segment.record is not None
+            or segment.time_ms != self.time_ms
+            or segment.batch_bytes + more_bytes > self._entry_bytes_max
+        ):
+            segment = Segment(self.shard.epoch, self.last[1] + 1, self.last, self.time_ms)
+            self.tail.append(segment)
+        return segment
+
+    def _remember(self, batch: Batch, outcomes: bytes, epoch: int, first: int, time_ms: int) -> None:
+        if batch.client:
+            run = Run(batch.numbers, batch.indexes, outcomes, epoch, first, time_ms)
+            self._dedup.add(batch.client, run)
+
+    def _tell_all_not_met(self, reply: BatchReply) -> None:
+        members, wanted = len(self.shard.members), self.members_for_all
+        message = f"committed at quorum; ALL takes {wanted} members and the shard has {members}"
+        for i, outcome in enumerate(reply.outcomes):
+            version = reply.version(i)
+            if outcome in b.APPLIED and version is not None:
+                failure = ConsistencyNotMet(message, met="quorum", version=list(version))
+                reply.errors[i] = failure.to_body()
+
+    def _answer_at_end(self, reply: BatchReply, now_ns: int, respond: Respond) -> None:
+        if self.last[1] <= self.commit_seq:
+            return respond(reply)
+        deadline_ns = now_ns + self._knobs.answer_within_ms * 1_000_000
+        self._waiting.append(_Waiting(self.last[1], deadline_ns, respond, reply))
+
+    def scan(
+        self, request: ScanRequest, epoch: int, page_bytes_max: int
+    ) -> tuple[list[dict[str, Any]], bytes | None] | BusKVError:
+        """One page of the shard's part of the range: its items and where the next page begins."""
+        if self.status is not Status.ACTIVE:
+            return NotPrimary(f"node {self.node} does not serve shard {self.shard.id}; read the map")
+        if epoch != self.shard.epoch:
+            return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
+        self.operations += 1
+        keys, position = self.table.scan(request, page_bytes_max)
+        items: list[dict[str, Any]] = []
+        for key in keys:
+            value, *version, _ = self.table.records[key]
+            items.append({"key": key, "value": value, "version": version})
+            if request.keys_only:
+                del items[-1]["value"]
+        return items, position
+
+    # ---- the turn ----
+
+    def expire(self, time_ms: int) -> None:
+        """Write the expirations that are due as log operations (R5)."""
+        if self.status is not Status.ACTIVE:
+            return
+        due = self.table.pop_expired(time_ms, self._knobs.expire_batch_operations_max)
+        keys, versions = [], []
+        for key in due:
+            record = self.latest(key)
+            if record is not None and record == self.table.records.get(key):
+                keys.append(key)
+                versions.append((record[1], record[2]))
+        if not keys:
+            return
+        self.time_ms = max(self.time_ms, time_ms)
+        batch = Batch(bytes([b.EXPIRE]) * len(keys), keys, conditions=dict(enumerate(versions)))
+        outcomes = bytes([b.DELETED]) * len(keys)
+        reply = BatchReply(outcomes, self.shard.epoch, self.last[1] + 1)
+        self._accept(batch, batch.encode(), _Decision(dict.fromkeys(keys), outcomes, reply))
+
+    def take_entries(self) -> list[EntryRow]:
+        """Entries decided since the last turn, for the log."""
+        rows: list[EntryRow] = []
+        for segment in reversed(self.tail):
+            if segment.appended:
+                break
+            segment.appended = True
+            body = segment.entry(self.shard.id).encode()
+            rows.append(EntryRow(self.shard.id, segment.last, segment.epoch, body))
+        rows.reverse()
+        return rows
+
+    def on_durable(self, seq: int) -> None:
+        """The own log is durable up to `seq`."""
+        if self.status is Status.OPENING and seq >= self.last[1]:
+            self.status = Status.OPENED
+        if self.status is Status.ACTIVE:
+            self._commit(seq)
+
+    def _commit(self, seq: int) -> None:
+        assert len(self.shard.members) == 1, "R3: the only member is the majority"
+        while self.tail and self.tail[0].last <= seq:
+            self.table.apply(self.tail.popleft().writes)
+        self.commit_seq = max(self.commit_seq, seq)
+        while self._waiting and self._waiting[0].seq <= self.commit_seq:
+            waiting = self._waiting.popleft()
+            waiting.respond(waiting.reply)
+
+    def next_deadline_ns(self) -> int | None:
+        deadlines = [self._waiting[0].deadline_ns] if self._waiting else []
+        expiry_ms = self.table.next_expiry_ms() if self.status is Status.ACTIVE else None
+        if expiry_ms is not None:
+            deadlines.append(expiry_ms * 1_000_000)
+        return min(deadlines, default=None)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer waits for the log."""
+        return bool(self._waiting)
+
+    def on_deadline(self, now_ns: int) -> None:
+        while self._waiting and self._waiting[0].deadline_ns <= now_ns:
+            waiting = self._waiting.popleft()
+            waiting.respond(OutcomeUnknown("the write is not durable yet; send it again to learn"))
+        self.expire(now_ns // 1_000_000)
+
+    def fail_waiting(self, reason: str) -> None:
+        """Answer all that waits: its outcome is for the next epoch to tell."""
+        while self._waiting:
+            self._waiting.popleft().respond(
+                OutcomeUnknown(f"{reason}; send it again with the same request_id")
+            )
+
+
+class _Judge:
+    """Decides a batch operation by operation: conditions, lifetimes, repeats, deletes, gets, atomic batches."""
+
+    def __init__(
+        self, replica: Replica, batch: Batch, time_ms: int,
+        seen: dict[int, tuple[b.Version, int] | OutcomeUnknown],
+    ) -> None:  # fmt: skip
+        self.replica, self.batch, self.time_ms, self.seen = replica, batch, time_ms, seen
+        self.epoch, self.seq = replica.shard.epoch, replica.last[1]
+        count = len(batch)
+        self.writes: Writes = {}
+        self.logged = bytearray(count)
+        self.reply = BatchReply(b"", [self.epoch] * count, [0] * count)
+        self.outcomes = bytearray(count)
+        self.records: dict[int, Record] = {}
+
+    def decide(self) -> _Decision:
+        for i, kind in enumerate(self.batch.kinds):
+            if i in self.seen:
+                self._repeat(i)
+            elif kind == b.GET:
+                self._get(i)
+            else:
+                self._write(i, kind)
+        if self.batch.atomic and self.reply.errors:
+            self._undo()
+        self.reply.outcomes = bytes(self.outcomes)
+        self._add_values()
+        return _Decision(self.writes, bytes(self.logged), self.reply)
+
+    def _latest(self, key: bytes) -> Record | None:
+        return self.writes[key] if key in self.writes else self.replica.latest(key)
+
+    def _repeat(self, i: int) -> None:
+        earlier = self.seen[i]
+        if isinstance(earlier, OutcomeUnknown):
+            self.reply.errors[i] = earlier.to_body()
+        else:
+            self._result(i, *earlier)
+
+    def _get(self, i: int) -> None:
+        record = self._latest(self.batch.keys[i])
+        if record is None:
+            self.outcomes[i] = b.MISSING
+        else:
+            self.records[i] = record
+            self._result(i, (record[1], record[2]), b.FOUND)
+
+    def _write(self, i: int, kind: int) -> None:
+        key = self.batch.keys[i]
+        record = self._latest(key)
+        if i in self.batch.conditions and not self._holds(i, record):
+            return
+        if kind == b.DELETE and record is None:
+            self.outcomes[i] = b.ABSENT
+            return
+        self.seq += 1
+        if kind == b.DELETE:
+            self.writes[key], outcome = None, b.DELETED
+        else:
+            self.writes[key] = _put_record(self.batch, i, self.epoch, self.seq, self.time_ms)
+            outcome = b.CREATED if record is None else b.REPLACED
+        self.logged[i] = outcome
+        self._result(i, (self.epoch, self.seq), outcome)
+
+    def _holds(self, i: int, record: Record | None) -> bool:
+        wanted = self.batch.conditions[i]
+        version = None if record is None else (record[1], record[2])
+        if version == wanted:
+            return True
+        have = "absent" if version is None else f"at version {list(version)}"
+        want = "absent" if wanted is None else f"at version {list(wanted)}"
+        failure = PreconditionFailed(f"the key is {have}, not {want}; read it again")
+        self.reply.errors[i] = failure.to_body()
+        return False
+
+    def _result(self, i: int, version: b.Version, outcome: int) -> None:
+        assert isinstance(self.reply.epochs, list)
+        assert isinstance(self.reply.seqs, list)
+        self.outcomes[i] = outcome
+        self.reply.epochs[i], self.reply.seqs[i] = version
+
+    def _undo(self) -> None:
+        """An atomic batch with a refused operation does nothing."""
+        cause = min(self.reply.errors)
+        failure = PreconditionFailed(f"operation {cause} of the atomic batch was refused; nothing was done")
+        self.reply.errors = {
+            i: self.reply.errors.get(i, failure.to_body()) for i in range(len(self.batch))
+        }
+        count = len(self.batch)
+        self.writes, self.logged, self.outcomes = {}, bytearray(count), bytearray(count)
+        self.reply.seqs = [0] * count
+
+    def _add_values(self) -> None:
+        if self.records:
+            found = [self.records.get(i) for i in range(len(self.batch))]
+            self.reply.values = [None if r is None else r[0] for r in found]
+            self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
+
+
+def _put_record(batch: Batch, i: int, epoch: int, seq: int, time_ms: int) -> Record:
+    ttl_ms = batch.ttls_ms.get(i)
+    value = batch.values[i]
+    assert value is not None
+    return (value, epoch, seq, None if ttl_ms is None else time_ms + ttl_ms)
+
+
+def _logged_writes(batch: Batch, outcomes: bytes, epoch: int, seq: int, time_ms: int) -> Writes:
+    """The writes of a logged batch: the same records that its primary made when it decided."""
+    writes: Writes = {}
+    for i, outcome in enumerate(outcomes):
+        if outcome == b.DELETED:
+            writes[batch.keys[i]] = None
+        elif outcome in b.APPLIED:
+            writes[batch.keys[i]] = _put_record(batch, i, epoch, seq, time_ms)
+        seq += outcome in b.APPLIED
+    return writes
+
+
+def _read_reply(records: list[Record | None], bytes_max: int) -> BatchReply:
+    """Answer gets, as many as fit into one message; the rest is UNANSWERED."""
+    values = [None if r is None else r[0] for r in records]
+    outcomes = bytes([b.MISSING if r is None else b.FOUND for r in records])
+    epochs = [0 if r is None else r[1] for r in records]
+    seqs = [0 if r is None else r[2] for r in records]
+    expires_at = {i: r[3] for i, r in enumerate(records) if r is not None and r[3] is not None}
+    if sum([len(v) for v in values if v is not None]) > bytes_max:
+        outcomes = _cut(outcomes, values, bytes_max)
+    epoch = epochs[0] if epochs.count(epochs[0]) == len(epochs) else epochs
+    return BatchReply(outcomes, epoch, seqs, values, expires_at)
+
+
+def _cut(outcomes: bytes, values: list[bytes | None], bytes_max: int) -> bytes:
+    room = bytes_max
+    marked = bytearray(outcomes)
+    for i, value in enumerate(values):
+        room -= len(value or b"")
+        if room < 0 and i:
+            marked[i], values[i] = b.UNANSWERED, None
+    return bytes(marked)

@@ -1,0 +1,128 @@
+"""Requests on a shard's own subject: the columnar form that nodes and clients use, and the readable form of the contract.
+
+    {"epoch": 3, "batch": <encoded batch>}                      -> {"batch": {outcomes, epochs, seqs, …}}
+    {"epoch": 3, "ops": [{"op": "put", …}], "request_id": …}    -> {"results": […]}
+    {"epoch": 3, "scan": {start, end, limit, reverse, …}}       -> {"items": […], "next": position or null}
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bus_kv.errors import BusKVError, MalformedRequest, NotPrimary, ValueTooLarge
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.batch import Batch, BatchReply, check_batch, decode_batch
+from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
+from bus_kv.protocol.requests import (
+    parse_operations, parse_request_id, parse_shard_scan, result_of,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.core.machine import Received
+    from nodes.machine.node import NodeMachine
+    from nodes.machine.replica import Replica
+
+    Answer: TypeAlias = Callable[[dict[str, Any] | BusKVError], None]
+
+_FIELDS = {"epoch", "batch", "ops", "scan", "consistency", "request_id", "keyspace", "atomic"}
+
+
+class ShardRequests:
+    def __init__(self, node: NodeMachine) -> None:
+        self._node = node
+        self._number = 0
+
+    def on_request(self, message: Received) -> None:
+        codec, since_ns = codec_of(message.body), self._node.now_ns
+        answer = partial(self._answer, message, codec, since_ns)
+        try:
+            self._dispatch(message, answer)
+        except BusKVError as error:
+            answer(error)
+
+    def _answer(
+        self, message: Received, codec: Codec, since_ns: int, result: dict[str, Any] | BusKVError
+    ) -> None:
+        self._node.answer("shard", message, codec, result, since_ns)
+
+    def _dispatch(self, message: Received, answer: Answer) -> None:
+        fields = self._fields(message.body)
+        replica = self._node.serving(message.name)
+        if replica is None:
+            raise NotPrimary(f"shard {message.name} is not served here; read the map")
+        epoch = fields["epoch"]
+        if "scan" in fields:
+            page = replica.scan(parse_shard_scan(fields["scan"]), epoch, self._node.page_bytes_max)
+            if isinstance(page, BusKVError):
+                return answer(page)
+            return answer({"items": page[0], "next": page[1]})
+        if "batch" in fields:
+            return self._submit_batch(replica, fields["batch"], epoch, answer)
+        return self._submit_operations(replica, fields, answer)
+
+    def _fields(self, body: bytes) -> dict[str, Any]:
+        """Decode one request; the columnar form is left alone, since its bytes are what the log keeps."""
+        fields = decode_cbor(body) if codec_of(body) is Codec.CBOR else decode_body(body)[1]
+        if "batch" not in fields:
+            fields = decode_body(body)[1]
+        unknown = [name for name in fields if name not in _FIELDS]
+        if unknown:
+            raise MalformedRequest(f"a shard request has no field {unknown[0]!r}")
+        if type(fields.get("epoch")) is not int:
+            raise MalformedRequest("a shard request needs an epoch, a whole number")
+        if sum(name in fields for name in ("batch", "ops", "scan")) != 1:
+            raise MalformedRequest("a shard request needs one of ops, batch, scan")
+        return fields
+
+    def _submit_batch(self, replica: Replica, raw: Any, epoch: int, answer: Answer) -> None:
+        if type(raw) is not bytes:
+            raise MalformedRequest("batch is not a byte string")
+        if len(raw) > self._node.batch_bytes_max:
+            raise ValueTooLarge(f"a batch has at most {self._node.batch_bytes_max} bytes; split it")
+        batch = decode_batch(raw)
+        check_batch(batch, self._node.value_bytes_max)
+        self._refuse_while_stalled(batch)
+        respond = partial(_answer_batch, answer)
+        replica.submit(batch, raw, epoch, self._node.now_ns, respond)
+
+    def _refuse_while_stalled(self, batch: Batch) -> None:
+        if self._node.stalled and batch.kinds.count(b.GET) < len(batch):
+            raise self._node.stalled_failure()
+
+    def _submit_operations(self, replica: Replica, fields: dict[str, Any], answer: Answer) -> None:
+        batch = parse_operations(fields["ops"])
+        batch.consistency = fields.get("consistency", "quorum")
+        batch.atomic = fields.get("atomic", False)
+        client, number = self._request_id(fields)
+        batch.client, batch.numbers = client, [number] * len(batch)
+        batch.indexes = list(range(len(batch)))
+        check_batch(batch, self._node.value_bytes_max)
+        self._refuse_while_stalled(batch)
+        raw = batch.encode()
+        if len(raw) > self._node.batch_bytes_max:
+            raise ValueTooLarge("the operations do not fit into one log entry; send fewer at once")
+        respond = partial(self._answer_operations, batch, replica.shard.id, answer)
+        replica.submit(batch, raw, fields["epoch"], self._node.now_ns, respond)
+
+    def _request_id(self, fields: dict[str, Any]) -> tuple[str, int]:
+        if "request_id" in fields:
+            return parse_request_id(fields["request_id"])
+        self._number += 1
+        return f"{self._node.config.id}-{self._node.config.run[1]}-s", self._number
+
+    def _answer_operations(
+        self, batch: Batch, shard: str, answer: Answer, reply: BatchReply | BusKVError
+    ) -> None:
+        if isinstance(reply, BusKVError):
+            return answer(reply)
+        node = self._node.config.id
+        return answer(
+            {"results": [result_of(batch, reply, i, shard, node) for i in range(len(batch))]}
+        )
+
+
+def _answer_batch(answer: Answer, reply: BatchReply | BusKVError) -> None:
+    answer(reply if isinstance(reply, BusKVError) else {"batch": reply.to_wire()})

@@ -1,0 +1,115 @@
+"""What a node says about the cluster: health and statistics, from the map and everybody's heartbeats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.requests import DataRequest
+from bus_kv.protocol.shard_map import NodeState, ShardState
+
+if TYPE_CHECKING:
+    from bus_kv.protocol.messages import Heartbeat, ReplicaReport
+    from bus_kv.protocol.requests import Request
+    from bus_kv.protocol.shard_map import Shard
+    from nodes.machine.node import NodeMachine
+
+
+def writes(request: Request) -> bool:
+    """Whether a request may append to a log."""
+    batch = request.batch if isinstance(request, DataRequest) else None
+    return batch is not None and batch.kinds.count(b.GET) < len(batch)
+
+
+def info(verb: str, node: NodeMachine) -> dict[str, Any]:
+    if verb == "map":
+        return node.map.public()
+    return _health(node) if verb == "health" else _stats(node)
+
+
+def _health(node: NodeMachine) -> dict[str, Any]:
+    """`ok` when every shard has an active primary and W members that are up."""
+    reasons = [r for shard in node.map.shards.values() for r in _shard_reasons(node, shard)]
+    if not node.map.shards:
+        reasons.append("no shard is laid out")
+    if node.stalled:
+        reasons.append(f"node {node.config.id} cannot write its log: {node.stalled}")
+    return {
+        "status": "degraded" if reasons else "ok",
+        "reasons": reasons,
+        "node": node.config.id,
+        "map_version": node.map.map_version,
+        "shards": len(node.map.shards),
+        "nodes": len(node.map.nodes),
+        "value_bytes_max": node.value_bytes_max,
+    }
+
+
+def _shard_reasons(node: NodeMachine, shard: Shard) -> list[str]:
+    if shard.state is not ShardState.ACTIVE:
+        return [f"shard {shard.id} is {shard.state}"]
+    up = [m.node for m in shard.members if _is_up(node, m.node)]
+    if shard.primary not in up:
+        return [f"primary {shard.primary} of shard {shard.id} is not up"]
+    if len(up) < shard.quorum:
+        return [f"shard {shard.id} has {len(up)} of the {shard.quorum} members it needs"]
+    return []
+
+
+def _is_up(node: NodeMachine, id: str) -> bool:
+    known = node.map.nodes.get(id)
+    return known is not None and known.state in (NodeState.UP, NodeState.DRAINING)
+
+
+def _stats(node: NodeMachine) -> dict[str, Any]:
+    """Totals, and the newest report of every node and of every shard's primary."""
+    beats = {id: beat for id, (_, beat) in node.peers.items()} | {node.config.id: node.heartbeat()}
+    nodes = [_node_stats(node, id, beats.get(id)) for id in sorted(node.map.nodes)]
+    shards = [_shard_stats(shard, beats) for shard in node.map.shards.values()]
+    return {
+        "total_nodes": len(nodes),
+        "healthy_nodes": sum(n["state"] == "up" for n in nodes),
+        "total_shards": len(shards),
+        "keys": sum(s["keys"] or 0 for s in shards),
+        "bytes": sum(s["bytes"] or 0 for s in shards),
+        "map_version": node.map.map_version,
+        "average_latency_ms": _average_latency_ms(node),
+        "shards": shards,
+        "nodes": nodes,
+    }
+
+
+def _average_latency_ms(node: NodeMachine) -> float | None:
+    """Mean time to answer of the node that is asked, since it started."""
+    requests = sum(e.requests for e in node.endpoints.values())
+    total_ns = sum(e.processing_ns for e in node.endpoints.values())
+    return round(total_ns / requests / 1e6, 3) if requests else None
+
+
+def _node_stats(node: NodeMachine, id: str, beat: Heartbeat | None) -> dict[str, Any]:
+    known = node.map.nodes[id]
+    return {
+        "id": id,
+        "state": str(known.state),
+        "zone": known.zone,
+        "version": beat.version if beat else None,
+        "replicas": len(beat.shards) if beat else None,
+        "operations": sum(s.operations for s in beat.shards) if beat else None,
+    }
+
+
+def _shard_stats(shard: Shard, beats: dict[str, Heartbeat]) -> dict[str, Any]:
+    beat = beats.get(shard.primary)
+    found: list[ReplicaReport] = [s for s in beat.shards if s.id == shard.id] if beat else []
+    report = found[0] if found else None
+    return {
+        "id": shard.id,
+        "primary": shard.primary,
+        "epoch": shard.epoch,
+        "state": str(shard.state),
+        "keys": report and report.keys,
+        "bytes": report and report.bytes,
+        "last_seq": report and report.last[1],
+        "commit_seq": report and report.commit_seq,
+        "operations": report and report.operations,
+    }
