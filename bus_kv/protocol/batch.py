@@ -89,8 +89,8 @@ class Batch:
             "client": self.client,
             "numbers": numbers,
             "indexes": self.indexes,
-            "conditions": self.conditions,
-            "ttls_ms": self.ttls_ms,
+            "conditions": [*self.conditions.items()],
+            "ttls_ms": [*self.ttls_ms.items()],
         }
         body = {name: value for name, value in fields.items() if value or value == 0}
         body["consistency"] = self.consistency
@@ -114,11 +114,22 @@ def decode_batch(body: bytes) -> Batch:
     fields = decode_cbor(body)
     if not fields.keys() <= _FIELDS:
         raise MalformedRequest(f"unknown field {min(map(str, fields.keys() - _FIELDS))} in batch")
+    for name in ("conditions", "ttls_ms"):
+        if name in fields:
+            fields[name] = _from_pairs(fields[name])
     batch = Batch(**{"kinds": b"", "keys": [], **fields})
     first: Any = batch.numbers
     if type(first) is int:
         batch.numbers = range(first, first + len(batch.keys))
     return batch
+
+
+def _from_pairs(pairs: Any) -> dict[Any, Any]:
+    """A sparse map travels as a list of pairs: maps on the wire have text names only."""
+    try:
+        return dict(pairs)
+    except (TypeError, ValueError):
+        raise MalformedRequest("a sparse field is a list of [operation, value]") from None
 
 
 def check_batch(batch: Batch, value_bytes_max: int) -> None:
@@ -273,13 +284,18 @@ class BatchReply:
             "epochs": self.epochs,
             "seqs": self.seqs,
         }
-        for name in ("values", "expires_at", "errors", "read"):
-            value = getattr(self, name)
-            if value:
-                wire[name] = value
+        for name in ("values", "read"):
+            if getattr(self, name):
+                wire[name] = getattr(self, name)
+        for name in ("expires_at", "errors"):
+            if getattr(self, name):
+                wire[name] = [*getattr(self, name).items()]
         return wire
 
 
 def decode_batch_reply(wire: dict[str, Any]) -> BatchReply:
     """Read the `batch` field of a shard's answer."""
+    for name in ("expires_at", "errors"):
+        if name in wire:
+            wire[name] = dict(wire[name])
     return BatchReply(**wire)

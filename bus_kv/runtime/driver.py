@@ -56,12 +56,15 @@ class Driver:
     # ---- events in ----
 
     def offer(self, event: Event) -> None:
-        """Hand an event to the next turn. A message that finds the inbox full is refused at once."""
-        if isinstance(event, Received) and len(self._inbox) >= self._inbox_max:
-            refusal = self._refuse(event) if self._refuse else None
-            if refusal is not None and len(self._refused) < self._inbox_max:
+        """Hand an event to the next turn. A request that finds the inbox full is refused at once; the few messages of
+        the control plane have as much room again."""
+        waiting = len(self._inbox)
+        if not isinstance(event, Received) or waiting < self._inbox_max:
+            self._inbox.append(event)
+        elif (refusal := self._refuse and self._refuse(event)) is not None:
+            if len(self._refused) < self._inbox_max:
                 self._refused.append(refusal)
-        else:
+        elif waiting < 2 * self._inbox_max:
             self._inbox.append(event)
         self._wake.set()
 

@@ -1,0 +1,226 @@
+"""A simulated cluster: coordinators, nodes and clients, and the faults that befall them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.client.session import Session
+from bus_kv.knobs import Knobs
+from bus_kv.protocol.entry import decode_entry
+from bus_kv.protocol.shard_map import from_document
+from bus_kv.subjects import QUEUE, Subjects
+from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
+from nodes.machine.node import NodeConfig, NodeMachine
+from nodes.machine.replica import Status
+from tests.simulator.bus import Bus
+from tests.simulator.disk import Disk
+from tests.simulator.process import Process
+from tests.simulator.store import Store
+from tests.simulator.world import MILLISECOND_NS, SECOND_NS, Violation, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.protocol.shard_map import ShardMap
+
+MAX_PAYLOAD_BYTES = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one run is made of, drawn from its seed (a swarm: not every fault in every run)."""
+
+    nodes: int
+    coordinators: int
+    clients: int
+    loss: float
+    slowness: float
+    lost_answers: float
+    fault_interval_ns: int
+    knobs: Knobs
+
+
+def draw_shape(world: World) -> Shape:
+    random = world.random("shape")
+    return Shape(
+        nodes=random.randint(1, 4),
+        coordinators=random.randint(1, 3),
+        clients=random.randint(1, 3),
+        loss=random.choice([0.0, 0.0, 0.01, 0.05]),
+        slowness=random.choice([0.0, 0.01, 0.05]),
+        lost_answers=random.choice([0.0, 0.02, 0.2]),
+        fault_interval_ns=random.choice([300, 800, 2000]) * MILLISECOND_NS,
+        knobs=Knobs(
+            heartbeat_interval_s=random.choice([0.3, 1.0, 5.0]),
+            layout_wait_s=0.5,
+            lease_s=random.choice([0.5, 3.0]),
+            inbox_messages_max=random.choice([8, 1000]),
+            tail_operations_max=random.choice([5, 10_000]),
+            client_window_messages=random.choice([1, 4]),
+            client_batch_operations_max=random.choice([2, 100]),
+            client_timeout_s=20.0,
+        ),
+    )
+
+
+class Cluster:
+    def __init__(self, world: World, shape: Shape) -> None:
+        self.world, self.shape = world, shape
+        self.bus, self.store = Bus(world), Store(world)
+        self.subjects = Subjects("sim")
+        self.peers: dict[str, Process] = {}
+        self.nodes = [self._process(f"n{i + 1}", True) for i in range(shape.nodes)]
+        self.coordinators = [self._process(f"c{i + 1}", False) for i in range(shape.coordinators)]
+        self.active: dict[tuple[str, int], tuple[str, int]] = {}
+        """(shard, epoch) -> (node, life) that was seen serving it."""
+        self._random = world.random("faults")
+        self._tokens = world.random("tokens")
+
+    def _process(self, name: str, has_disk: bool) -> Process:
+        disk = Disk(self.world, name) if has_disk else None
+        return Process(
+            self.world, self.bus, self.store, name, self.peers,
+            self.shape.knobs.inbox_messages_max, disk,
+        )  # fmt: skip
+
+    def start(self) -> None:
+        for process in self.coordinators:
+            self.start_coordinator(process)
+        for process in self.nodes:
+            self.start_node(process)
+
+    def start_coordinator(self, process: Process) -> None:
+        config = CoordinatorConfig(
+            process.name, self.subjects, lambda: f"{self._tokens.getrandbits(64):016x}"
+        )
+        machine = CoordinatorMachine(config, self.shape.knobs)
+        process.begin(machine)
+        self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
+        machine.start(self.world.now_ns)
+
+    def start_node(self, process: Process) -> None:
+        disk = process.disk
+        assert disk is not None
+        run = (self.world.now_ns // MILLISECOND_NS, f"{process.life:04d}")
+        config = NodeConfig(process.name, disk.incarnation, run, self.subjects, MAX_PAYLOAD_BYTES)
+        machine = NodeMachine(config, self.shape.knobs)
+        for row in disk.replicas.values():
+            replica = machine.restore(row)
+            for entry in disk.entries.get(row.shard, []):
+                replica.replay(decode_entry(entry.body))
+        process.begin(machine)
+        process.refuse = machine.overloaded
+        life = process.life
+        disk.open(lambda event: process.receive(life, event))
+        process.subjects = {
+            "verb": (lambda _: self.subjects.any_verb, QUEUE),
+            "shard": (self.subjects.shard_request, ""),
+        }
+        self.bus.subscribe(process, "node", self.subjects.node_inbox(process.name))
+        self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
+        self.bus.subscribe(process, "map", self.subjects.map_event)
+        machine.start(self.world.now_ns)
+
+    def start_client(self, name: str, done: Callable[[Any, Any], None]) -> Process:
+        """A client process; its machine is a Session that tells outcomes to `done`."""
+        process = self._process(name, False)
+        process.begin(Session(name, self.subjects, self.shape.knobs, MAX_PAYLOAD_BYTES, done))
+        return process
+
+    # ---- faults ----
+
+    def begin_faults(self) -> None:
+        self.bus.loss, self.bus.slowness = self.shape.loss, self.shape.slowness
+        self.store.lost_answers = self.shape.lost_answers
+        self._next_fault()
+
+    def _next_fault(self) -> None:
+        delay_ns = int(self._random.expovariate(1.0) * self.shape.fault_interval_ns)
+        self.world.after(delay_ns, self._fault)
+
+    def _fault(self) -> None:
+        if self.healed:
+            return
+        kinds = [self._crash, self._crash, self._pause, self._cut, self._store_down, self._disk_full]
+        # The first node is the one that gets the first shard: faults elsewhere teach less.
+        victims = [self.nodes[0]] * 3 + self.nodes + self.coordinators
+        self._random.choice(kinds)(self._random.choice(victims))
+        self._next_fault()
+
+    healed = False
+
+    def _crash(self, process: Process) -> None:
+        if process.alive:
+            process.crash()
+            delay_ns = self._random.randint(0, 3 * SECOND_NS)
+            self.world.after(delay_ns, lambda: self._restart(process))
+
+    def _restart(self, process: Process) -> None:
+        if process.alive:
+            return
+        if process in self.nodes:
+            self.start_node(process)
+        else:
+            self.start_coordinator(process)
+
+    def _pause(self, process: Process) -> None:
+        process.pause(self._random.randint(MILLISECOND_NS, 4 * SECOND_NS))
+
+    def _cut(self, process: Process) -> None:
+        """Cut a link, both ways or one way; when it comes back the process knows that it was away."""
+        process.cut_in, process.cut_out = self._random.choice(
+            [(True, True), (True, False), (False, True)]
+        )
+        self.world.note(process.name, f"is cut: in={process.cut_in} out={process.cut_out}")
+        life = process.life
+        self.world.after(self._random.randint(0, 3 * SECOND_NS), lambda: self._mend(process, life))
+
+    def _mend(self, process: Process, life: int) -> None:
+        process.cut_in = process.cut_out = False
+        if process.alive and process.life == life and isinstance(process.machine, NodeMachine):
+            process.machine.reconnected(self.world.now_ns)
+            process.schedule()
+
+    def _store_down(self, process: Process) -> None:
+        del process
+        self.store.down_until_ns = self.world.now_ns + self._random.randint(0, 5 * SECOND_NS)
+
+    def _disk_full(self, process: Process) -> None:
+        if process.disk is not None:
+            duration_ns = self._random.randint(0, 3 * SECOND_NS)
+            process.disk.full_until_ns = self.world.now_ns + duration_ns
+
+    def heal(self) -> None:
+        """End all faults: what follows is the liveness phase."""
+        self.healed = True
+        self.bus.loss = self.bus.slowness = self.store.lost_answers = 0.0
+        self.store.down_until_ns = 0
+        for process in self.nodes + self.coordinators:
+            self._mend(process, process.life)
+            if process.disk is not None:
+                process.disk.full_until_ns = 0
+            process.paused_until_ns = min(process.paused_until_ns, self.world.now_ns)
+            self._restart(process)
+
+    # ---- what is true ----
+
+    def watch(self) -> None:
+        """Look at the cluster now and then: at most one primary per epoch (R7)."""
+        for process in self.nodes:
+            if process.alive and isinstance(process.machine, NodeMachine):
+                for replica in process.machine.replicas.values():
+                    if replica.status is Status.ACTIVE:
+                        self._see_active(process, replica.shard.id, replica.shard.epoch)
+        self.world.after(2 * MILLISECOND_NS, self.watch)
+
+    def _see_active(self, process: Process, shard: str, epoch: int) -> None:
+        who = (process.name, process.life)
+        if self.active.setdefault((shard, epoch), who) != who:
+            raise Violation(f"R7: epoch {epoch} of {shard} served by {who} and another")
+
+    def map(self) -> ShardMap:
+        document = self.store.document("map")
+        if document is None:
+            raise Violation("liveness: no map was ever written")
+        return from_document(document)

@@ -1,0 +1,145 @@
+"""A simulated process: one production machine, driven as `bus_kv.runtime.driver` drives it. It can crash, restart, pause."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.core.machine import (
+    Halt, Publish, Received, Request, StoreCas, StoreGet, Subscribe, turn,
+)  # fmt: skip
+from tests.simulator.world import MICROSECOND_NS, Violation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.core.machine import Event, Machine
+    from tests.simulator.bus import Bus
+    from tests.simulator.disk import Disk
+    from tests.simulator.store import Store
+    from tests.simulator.world import World
+
+TURN_NS = (10 * MICROSECOND_NS, 80 * MICROSECOND_NS)
+
+
+class Process:
+    """`build` makes the machine of each life; what survives a crash is in `disk`."""
+
+    def __init__(
+        self, world: World, bus: Bus, store: Store, name: str, peers: dict[str, Process],
+        inbox_messages_max: int, disk: Disk | None = None,
+    ) -> None:  # fmt: skip
+        self.world, self.bus, self.store, self.name, self.disk = world, bus, store, name, disk
+        self.peers = peers
+        peers[name] = self
+        self.life = 0
+        self.alive = False
+        self.paused_until_ns = 0
+        self.cut_in = False
+        self.cut_out = False
+        self.machine: Machine
+        self.inbox: list[Event] = []
+        self.inbox_messages_max = inbox_messages_max
+        self.subjects: dict[str, Any] = {}
+        """Channel -> (name -> subject, queue group)."""
+        self.refuse: Callable[[Received], Publish | None] = lambda _: None
+        """Answers a request that finds the inbox full; other messages are let in."""
+        self._random = world.random(f"process/{name}")
+        self._turn_due = False
+        self._wake_ns: int | None = None
+
+    def begin(self, machine: Machine) -> None:
+        """Start a life with this machine."""
+        self.life += 1
+        self.alive = True
+        self.machine = machine
+        self.inbox = []
+        self._turn_due, self._wake_ns = False, None
+        self.paused_until_ns = 0
+        self.world.note(self.name, f"starts life {self.life}")
+        self.schedule()
+
+    def crash(self) -> None:
+        self.world.note(self.name, "crashes")
+        self.alive = False
+        self.bus.forget(self)
+        if self.disk is not None:
+            self.disk.crash()
+
+    def pause(self, duration_ns: int) -> None:
+        """Stand still, as under SIGSTOP or a long collection; messages gather meanwhile."""
+        self.world.note(self.name, f"pauses for {duration_ns // 1_000_000} ms")
+        self.paused_until_ns = self.world.now_ns + duration_ns
+
+    # ---- events ----
+
+    def receive(self, life: int, event: Event) -> None:
+        if life != self.life or not self.alive or self.cut_in:
+            return
+        if isinstance(event, Received) and len(self.inbox) >= self.inbox_messages_max:
+            refusal = self.refuse(event)
+            if refusal is not None:
+                self._perform(refusal)
+                return
+        self.inbox.append(event)
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Have a turn soon."""
+        if not self._turn_due:
+            self._turn_due = True
+            life = self.life
+            delay_ns = self._random.randint(*TURN_NS)
+            when_ns = max(self.world.now_ns + delay_ns, self.paused_until_ns)
+            self.world.at(when_ns, lambda: self._turn(life))
+
+    def _turn(self, life: int) -> None:
+        if life != self.life or not self.alive:
+            return
+        if self.world.now_ns < self.paused_until_ns:
+            return self.world.at(self.paused_until_ns, lambda: self._turn(life))
+        self._turn_due = False
+        ready = turn(self.machine, self.inbox, self.world.now_ns)
+        if ready.append is not None:
+            assert self.disk is not None
+            self.disk.append(ready.append)
+        for effect in ready.effects:
+            self._perform(effect)
+        self._arm()
+        return None
+
+    def _arm(self) -> None:
+        deadline_ns = self.machine.next_deadline_ns()
+        if deadline_ns is None or (self._wake_ns is not None and self._wake_ns <= deadline_ns):
+            return
+        self._wake_ns, life = deadline_ns, self.life
+        self.world.at(deadline_ns, lambda: self._on_wake(life))
+
+    def _on_wake(self, life: int) -> None:
+        if life == self.life and self.alive:
+            self._wake_ns = None
+            self.schedule()
+
+    # ---- effects ----
+
+    def _perform(self, effect: Any) -> None:
+        match effect:
+            case Publish(subject, body):
+                self.bus.publish(self, subject, body)
+            case Request(correlation, subject, body):
+                reply = f"_INBOX.{self.name}.{self.life}.{correlation}"
+                self.bus.publish(self, subject, body, reply)
+            case StoreGet() | StoreCas():
+                life = self.life
+                if self.cut_out:
+                    return
+                self.store.ask(effect, lambda stored: self.receive(life, stored))
+            case Subscribe(channel, name, active):
+                subject, queue = self.subjects[channel]
+                if active:
+                    self.bus.subscribe(self, channel, subject(name), queue)
+                else:
+                    self.bus.unsubscribe(self, subject(name))
+            case Halt():
+                raise Violation(f"{self.name} halted: {effect.message}")
+            case _:
+                raise TypeError(f"unknown effect {effect!r}")

@@ -1,0 +1,79 @@
+"""One run: a safety phase under faults, then heal, a liveness phase, and the checkers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nodes.machine.node import NodeMachine
+from nodes.machine.replica import Status
+from tests.simulator import checkers
+from tests.simulator.cluster import Cluster, draw_shape
+from tests.simulator.workload import Call, Workload
+from tests.simulator.world import SECOND_NS, START_NS, Violation, World
+
+SAFETY_NS = 12 * SECOND_NS
+LIVENESS_NS = 60 * SECOND_NS
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    seed: int
+    digest: str
+    events: int
+    calls: int
+    acknowledged: int
+    epochs: int
+    """Epochs that were seen serving: how much the run had to go through."""
+
+
+def run(seed: int, trace: bool = False) -> Result:
+    """Raises Violation, with the seed in its message."""
+    world = World(seed, trace)
+    try:
+        return _run(world)
+    except Exception as error:
+        reason = str(error) if isinstance(error, Violation) else repr(error)
+        raise Violation(f"seed {seed}: {reason}\n  replay: make sim SEED={seed}") from error
+
+
+def _run(world: World) -> Result:
+    shape = draw_shape(world)
+    cluster = Cluster(world, shape)
+    history: list[Call] = []
+    cluster.start()
+    cluster.watch()
+    workloads = [Workload(world, cluster, f"w{i}", 3, history) for i in range(shape.clients)]
+    world.run_until(START_NS + 2 * SECOND_NS)
+    cluster.begin_faults()
+    world.run_until(START_NS + SAFETY_NS)
+    cluster.heal()
+    world.run_until(START_NS + SAFETY_NS + 2 * SECOND_NS)
+    for workload in workloads:
+        workload.stopped = True
+    world.run_until(
+        START_NS + SAFETY_NS + LIVENESS_NS, done=lambda: not any(w.open for w in workloads)
+    )
+    _check(cluster, workloads, history)
+    acknowledged = sum(c.outcome == "ok" and c.kind != "get" for c in history)
+    return Result(
+        world.seed, world.digest, world.events, len(history), acknowledged, len(cluster.active)
+    )
+
+
+def _check(cluster: Cluster, workloads: list[Workload], history: list[Call]) -> None:
+    still_open = sum(w.open for w in workloads)
+    if still_open:
+        raise Violation(f"liveness: {still_open} calls have no outcome")
+    for shard in cluster.map().shards.values():
+        process = cluster.peers[shard.primary]
+        assert process.disk is not None
+        assert isinstance(process.machine, NodeMachine)
+        replica = process.machine.replicas[shard.id]
+        if replica.status is not Status.ACTIVE:
+            raise Violation(f"liveness: shard {shard.id} is {replica.status} after healing")
+        log = checkers.read_log(process.disk.entries[shard.id])
+        checkers.check_exactly_once(log)
+        checkers.check_durability(log, history)
+        checkers.check_linearizable(log, history)
+        committed = [operation for operation in log if operation.version[1] <= replica.commit_seq]
+        checkers.check_table(committed, replica.table.records)

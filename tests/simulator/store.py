@@ -1,0 +1,61 @@
+"""The simulated map store: compare-and-set with delays, answers that are lost after the change was made, and outages."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.core.machine import StoreCas, StoreGet, Stored
+from tests.simulator.world import MILLISECOND_NS, SECOND_NS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.simulator.world import World
+
+DELAY_NS = (MILLISECOND_NS, 8 * MILLISECOND_NS)
+
+
+class Store:
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._random = world.random("store")
+        self._revision = 0
+        self._values: dict[str, tuple[int, str]] = {}
+        self.lost_answers = 0.0
+        """Chance that a request is carried out and its answer never comes."""
+        self.down_until_ns = 0
+
+    def ask(self, effect: StoreGet | StoreCas, tell: Callable[[Stored], None]) -> None:
+        arrive_ns = self._random.randint(*DELAY_NS)
+        self._world.after(arrive_ns, lambda: self._serve(effect, tell))
+
+    def _serve(self, effect: StoreGet | StoreCas, tell: Callable[[Stored], None]) -> None:
+        if self._world.now_ns < self.down_until_ns:
+            stored = Stored(effect.correlation, failure="no answer")
+            return self._world.after(2 * SECOND_NS, lambda: tell(stored))
+        stored = self._read(effect) if isinstance(effect, StoreGet) else self._write(effect)
+        if self._random.random() < self.lost_answers:
+            stored = Stored(effect.correlation, failure="no answer")
+            return self._world.after(2 * SECOND_NS, lambda: tell(stored))
+        return self._world.after(self._random.randint(*DELAY_NS), lambda: tell(stored))
+
+    def document(self, key: str) -> dict[str, Any] | None:
+        """What the store holds, for checkers."""
+        revision, text = self._values.get(key, (0, "null"))
+        document: dict[str, Any] | None = json.loads(text)
+        return document
+
+    def _read(self, effect: StoreGet) -> Stored:
+        revision, text = self._values.get(effect.key, (0, "null"))
+        return Stored(effect.correlation, revision, json.loads(text))
+
+    def _write(self, effect: StoreCas) -> Stored:
+        revision, _ = self._values.get(effect.key, (0, ""))
+        if revision != effect.revision:
+            return Stored(effect.correlation, failure="wrong last sequence", conflict=True)
+        self._revision += 1
+        text = json.dumps(effect.document)
+        self._values[effect.key] = (self._revision, text)
+        self._world.note("store", f"{effect.key} = revision {self._revision}", text.encode())
+        return Stored(effect.correlation, self._revision, json.loads(text))
