@@ -1,8 +1,8 @@
 """bus_kv: a distributed key-value database whose nodes are services on a NATS bus.
 
-    async with bus_kv.connect("nats://127.0.0.1:4222") as db:
-        await db.put("apple", "fruit")
-        print((await db.get("apple")).text)
+async with bus_kv.connect("nats://127.0.0.1:4222") as db:
+    await db.put("apple", "fruit")
+    print((await db.get("apple")).text)
 """
 
 from __future__ import annotations

@@ -73,5 +73,3 @@ class Subjects:
 
 def last_token(subject: str) -> str:
     return subject.rpartition(".")[2]
-
-

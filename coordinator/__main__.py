@@ -7,17 +7,20 @@ import os
 import sys
 
 from bus_kv.runtime.connection import ConnectionConfigError
-from bus_kv.runtime.process import FAILED, USAGE, run_process, set_up_logging
+from bus_kv.runtime.process import FAILED, USAGE, run_process
 from bus_kv.runtime.serve_options import add_connection, add_knobs, connection_of, knobs_of
 from bus_kv.subjects import is_id
 from coordinator.host import CoordinatorOptions, serve_coordinator
+from observability.log import set_up_logging
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bus-kv serve coordinator", description="Run one coordinator."
     )
-    parser.add_argument("--id", required=True, help="name of the coordinator, unique in the cluster")
+    parser.add_argument(
+        "--id", required=True, help="name of the coordinator, unique in the cluster"
+    )
     add_connection(parser)
     add_knobs(parser)
     arguments = parser.parse_args()

@@ -76,7 +76,7 @@ async def _leave(machine: CoordinatorMachine, driver: Driver, bus: NatsBus, cloc
     driver.wake()
     with contextlib.suppress(TimeoutError, BusError):
         async with asyncio.timeout(2.0):
-            await driver.idle()
+            await driver.until(lambda: driver.is_idle)
         await bus.flush()
 
 

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 from bus_kv.runtime.connection import ConnectionConfigError
-from bus_kv.runtime.process import FAILED, USAGE, run_process, set_up_logging
+from bus_kv.runtime.process import FAILED, USAGE, run_process
 from bus_kv.runtime.serve_options import add_connection, add_knobs, connection_of, knobs_of
 from bus_kv.subjects import is_id
 from nodes.host import NodeOptions, serve_node
+from observability.log import set_up_logging
 
 
 def main() -> int:

@@ -150,16 +150,13 @@ class NodeHost:
         await self._driver.drain(("verb", "shard"), DRAIN_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
-                await self._machine_idle()
+                await self._driver.until(lambda: not self._machine.is_busy)
         self._machine.leave(self._clock.now_ns())
         self._driver.wake()
-        await asyncio.sleep(0)
-        with contextlib.suppress(BusError):
+        with contextlib.suppress(BusError, TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._driver.until(lambda: self._driver.is_idle)
             await self._bus.flush()
-
-    async def _machine_idle(self) -> None:
-        while self._machine.is_busy:
-            await asyncio.sleep(0.005)
 
     def _service(self) -> Service:
         options, subjects = self._options, self._subjects

@@ -1,7 +1,7 @@
 """The replicated log on disk: SQLite in WAL mode, every commit fsynced (the only module that imports sqlite3).
 
-One row per entry; one row per replica for what it has promised. Appends are handed to a thread that commits all that has
-gathered in one transaction: while one fsync is under way the next group forms. A full disk stalls the thread, which
+One row per entry; one row per replica for what it has promised. Appends are handed to a thread that commits all that
+has gathered in one transaction: while one fsync is under way the next group forms. A full disk stalls the thread, which
 tries again with the same rows until there is space; any other failure of the disk is fatal, because after a failed
 fsync nothing is known about what reached it.
 """
@@ -16,13 +16,13 @@ import sqlite3
 import threading
 import zlib
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Append, AppendCompleted, AppendStalled, EntryRow, ReplicaRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 FORMAT_VERSION = 1
 LOG_NAME = "log.sqlite"

@@ -1,0 +1,1 @@
+"""What the operator sees of a process: log lines now; metrics and traces are configured here as well."""

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     Text: TypeAlias = str | bytes
 
 
+MANY_MAX = 50_000
+"""Operations of one put_many, get_many or delete_many that are under way at a time."""
+
+
 class _Group:
     """Many operations awaited as one: outcomes by position, and the future of the whole."""
 
@@ -79,10 +83,12 @@ class Client:
         self._bus = NatsBus(options)
         self._session: Session
         self._driver: Driver
+        self._loop: asyncio.AbstractEventLoop
         self._task: asyncio.Task[Any] | None = None
         self._value_bytes_max = 0
 
     async def open(self, deadline_s: float = 10.0) -> None:
+        self._loop = asyncio.get_running_loop()
         await self._bus.open(deadline_s)
         payload = self._bus.max_payload_bytes
         self._value_bytes_max = value_bytes_max(payload)
@@ -92,7 +98,7 @@ class Client:
             self._session, self._bus, self._clock, inbox_messages_max=self._knobs.inbox_messages_max
         )
         await self._bus.answer_to(self._driver.offer)
-        self._task = asyncio.get_running_loop().create_task(self._driver.run())
+        self._task = self._loop.create_task(self._driver.run())
 
     async def close(self) -> None:
         """Close the connection; calls that are under way are cancelled."""
@@ -107,8 +113,8 @@ class Client:
         self, key: Text, *, consistency: str | None = None, keyspace: str = "default"
     ) -> Entry:
         """Read a key. An absent one is an Entry with `found` False."""
-        operation = Operation(b.GET, _key(key), None, None, keyspace, consistency)
-        entry: Entry = await self._submit(operation)
+        operation = Operation(b.GET, _key(key), None, None)
+        entry: Entry = await self._submit(operation, keyspace, consistency)
         return entry
 
     async def put(
@@ -122,16 +128,18 @@ class Client:
         restart; without one the client repeats by itself, under its own ids.
         """
         if request_id is not None:
-            fields = {"value": _bytes(value), "ttl_ms": ttl_ms, "if_version": if_version and list(if_version)}
-            return await self._named("put", key, request_id, consistency, keyspace, if_absent=if_absent or None, **fields)
-        _check_condition(if_absent, if_version)
-        operation = Operation(
-            b.PUT, _key(key), self._value(value), None, keyspace, consistency, ttl_ms,
-            if_absent or if_version is not None, if_version,
-        )  # fmt: skip
+            return await self._named(
+                "put", key, request_id, consistency, keyspace, value=_bytes(value), ttl_ms=ttl_ms,
+                if_absent=if_absent or None, if_version=if_version and list(if_version),
+            )  # fmt: skip
+        operation = Operation(b.PUT, _key(key), self._value(value), None)
+        if if_absent or if_version is not None:
+            _check_condition(if_absent, if_version)
+            operation.has_condition, operation.condition = True, if_version
         if ttl_ms is not None:
             b.check_ttl(ttl_ms)
-        receipt: Receipt = await self._submit(operation)
+            operation.ttl_ms = ttl_ms
+        receipt: Receipt = await self._submit(operation, keyspace, consistency)
         return receipt
 
     async def delete(
@@ -140,25 +148,37 @@ class Client:
     ) -> Receipt:  # fmt: skip
         """Delete a key; deleting an absent one is no failure (`found` False, no version)."""
         if request_id is not None:
-            return await self._named("delete", key, request_id, consistency, keyspace, if_version=if_version and list(if_version))
-        operation = Operation(
-            b.DELETE, _key(key), None, None, keyspace, consistency, None, if_version is not None, if_version
-        )
-        receipt: Receipt = await self._submit(operation)
+            return await self._named(
+                "delete", key, request_id, consistency, keyspace,
+                if_version=if_version and list(if_version),
+            )  # fmt: skip
+        operation = Operation(b.DELETE, _key(key), None, None)
+        if if_version is not None:
+            operation.has_condition, operation.condition = True, if_version
+        receipt: Receipt = await self._submit(operation, keyspace, consistency)
         return receipt
 
     async def _named(
-        self, verb: str, key: Text, request_id: str, consistency: str | None, keyspace: str, **fields: Any
-    ) -> Receipt:
+        self, verb: str, key: Text, request_id: str, consistency: str | None, keyspace: str,
+        **fields: Any,
+    ) -> Receipt:  # fmt: skip
         """A write under the caller's own request_id goes through any node."""
-        body = {"key": _key(key), "request_id": request_id, "consistency": consistency, "keyspace": keyspace, **fields}
-        reply = await self.call(verb, {name: value for name, value in body.items() if value is not None})
-        version = reply["version"]
-        return Receipt(reply["shard"], version and (version[0], version[1]), reply["found"], reply["consistency"])
+        body = {
+            "key": _key(key), "request_id": request_id, "consistency": consistency,
+            "keyspace": keyspace, **fields,
+        }  # fmt: skip
+        reply = await self.call(verb, {n: value for n, value in body.items() if value is not None})
+        version = reply["version"] and tuple(reply["version"])
+        return Receipt(reply["shard"], version, reply["found"], reply["consistency"])
 
-    def _submit(self, operation: Operation) -> asyncio.Future[Any]:
-        future = asyncio.get_running_loop().create_future()
-        operation.token = future
+    def _submit(
+        self, operation: Operation, keyspace: str, consistency: str | None
+    ) -> asyncio.Future[Any]:
+        operation.token = future = self._loop.create_future()
+        if keyspace != "default":
+            operation.keyspace = keyspace
+        if consistency is not None:
+            operation.consistency = consistency
         self._session.submit(operation, self._clock.now_ns())
         self._driver.wake()
         return future
@@ -176,46 +196,53 @@ class Client:
         ttl_ms: int | None = None, keyspace: str = "default",
     ) -> list[Receipt]:  # fmt: skip
         """Write many keys, not atomically; receipts in order. Raises the first failure when all have ended."""
-        operations = [
-            Operation(b.PUT, _key(key), self._value(value), None, keyspace, consistency, ttl_ms)
-            for key, value in items
-        ]
-        receipts: list[Receipt] = await self._submit_many(operations)
+        operations = [Operation(b.PUT, _key(k), self._value(v), None) for k, v in items]
+        if ttl_ms is not None:
+            b.check_ttl(ttl_ms)
+            for operation in operations:
+                operation.ttl_ms = ttl_ms
+        receipts: list[Receipt] = await self._submit_many(operations, keyspace, consistency)
         return receipts
 
     async def get_many(
         self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
     ) -> list[Entry]:
         """Read many keys; entries in order."""
-        operations = [Operation(b.GET, _key(key), None, None, keyspace, consistency) for key in keys]
-        entries: list[Entry] = await self._submit_many(operations)
+        operations = [Operation(b.GET, _key(key), None, None) for key in keys]
+        entries: list[Entry] = await self._submit_many(operations, keyspace, consistency)
         return entries
 
     async def delete_many(
         self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
     ) -> list[Receipt]:
         """Delete many keys, not atomically; receipts in order."""
-        operations = [
-            Operation(b.DELETE, _key(key), None, None, keyspace, consistency) for key in keys
-        ]
-        receipts: list[Receipt] = await self._submit_many(operations)
+        operations = [Operation(b.DELETE, _key(key), None, None) for key in keys]
+        receipts: list[Receipt] = await self._submit_many(operations, keyspace, consistency)
         return receipts
 
-    async def _submit_many(self, operations: list[Operation]) -> list[Any]:
-        if not operations:
-            return []
-        future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+    async def _submit_many(
+        self, operations: list[Operation], keyspace: str, consistency: str | None
+    ) -> list[Any]:
+        outcomes: list[Any] = []
+        for i in range(0, len(operations), MANY_MAX):
+            slice = operations[i : i + MANY_MAX]
+            for operation in slice:
+                operation.keyspace, operation.consistency = keyspace, consistency
+            outcomes += await self._submit_slice(slice)
+        for outcome in outcomes:
+            if isinstance(outcome, BusKVError):
+                raise outcome
+        return outcomes
+
+    def _submit_slice(self, operations: list[Operation]) -> asyncio.Future[list[Any]]:
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
         group = _Group(len(operations), future)
         now_ns, submit = self._clock.now_ns(), self._session.submit
         for i, operation in enumerate(operations):
             operation.token = (group, i)
             submit(operation, now_ns)
         self._driver.wake()
-        outcomes = await future
-        for outcome in outcomes:
-            if isinstance(outcome, BusKVError):
-                raise outcome
-        return outcomes
+        return future
 
     # ---- scans and information ----
 
@@ -270,11 +297,10 @@ class Client:
 
     async def call(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
         """Send a verb to any node and return its reply as it stands on the wire. Raises the failure it carries."""
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._session.call(verb, fields, future, self._clock.now_ns())
         self._driver.wake()
-        reply: dict[str, Any] = await future
-        return reply
+        return await future
 
 
 def _tell(token: Any, outcome: Any) -> None:
@@ -307,5 +333,3 @@ def _key(key: Text) -> bytes:
 def _check_condition(if_absent: bool, if_version: Version | None) -> None:
     if if_absent and if_version is not None:
         raise MalformedRequest("a put has if_absent or if_version, not both")
-
-

@@ -36,7 +36,11 @@ class Entry:
     __slots__ = ("expires_at", "key", "value", "version")
 
     def __init__(
-        self, key: bytes, value: bytes | None, version: Version | None, expires_at: int | None = None
+        self,
+        key: bytes,
+        value: bytes | None,
+        version: Version | None,
+        expires_at: int | None = None,
     ) -> None:
         self.key = key
         self.value = value

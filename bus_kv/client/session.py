@@ -1,23 +1,31 @@
 """The client's machine: routes operations by the shard map, coalesces them, and retries until each has one outcome.
 
 Theory of operation. `submit` gives every operation its own request number and puts it into a lane: one per shard, level
-and kind (reads never wait for writes). A turn sends what its lanes hold, one message per lane, so operations that
-were submitted together travel together and a lone one leaves at once. While a lane has its window of messages in flight,
-further operations gather for the next. A message that fails or stays unanswered puts its operations back, numbers kept:
-the shard recognizes a repeat, so an operation takes effect once however often it is sent.
+and kind (reads never wait for writes). A turn sends what its lanes hold, so operations that were submitted together
+travel together and a lone one leaves at once. While messages of a lane are in flight, the next leaves when it is worth
+it (`client_fill_operations`) and the window allows. A message that fails or stays unanswered puts its operations back,
+numbers kept: the shard recognizes a repeat, so an operation takes effect once however often it is sent.
 """
 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.results import Entry, Receipt
 from bus_kv.core.machine import Ready, Request, Responded
 from bus_kv.errors import (
-    BusKVError, KeyspaceUnknown, NoShard, OutcomeUnknown, Overloaded, ShardUnavailable, from_body,
+    BusKVError,
+    KeyspaceUnknown,
+    NoShard,
+    OutcomeUnknown,
+    Overloaded,
+    ShardUnavailable,
+    from_body,
 )  # fmt: skip
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs, batch_bytes_max
 from bus_kv.protocol import batch as b
@@ -42,26 +50,24 @@ _PAUSE_NS_MAX = 500 * MILLISECOND_NS
 
 
 class Operation:
-    """One get, put or delete on its way to one outcome."""
+    """One get, put or delete on its way to one outcome. What is rarely set stays in the class."""
 
-    __slots__ = (
-        "attempts", "condition", "consistency", "deadline_ns", "has_condition", "key", "keyspace",
-        "kind", "number", "token", "ttl_ms", "unanswered", "value",
-    )  # fmt: skip
+    keyspace = "default"
+    consistency: str | None = None
+    ttl_ms: int | None = None
+    has_condition = False
+    condition: Version | None = None
+    number = 0
+    deadline_ns = 0
+    attempts = 0
+    unanswered = False
+    """Was sent and given up on without an answer: it may have been applied."""
 
-    def __init__(
-        self, kind: int, key: bytes, value: bytes | None, token: Any, keyspace: str = "default",
-        consistency: str | None = None, ttl_ms: int | None = None,
-        has_condition: bool = False, condition: Version | None = None,
-    ) -> None:  # fmt: skip
-        self.kind, self.key, self.value, self.token = kind, key, value, token
-        self.keyspace, self.consistency, self.ttl_ms = keyspace, consistency, ttl_ms
-        self.has_condition, self.condition = has_condition, condition
-        self.number = 0
-        self.deadline_ns = 0
-        self.attempts = 0
-        self.unanswered = False
-        """Was sent and given up on without an answer: it may have been applied."""
+    def __init__(self, kind: int, key: bytes, value: bytes | None, token: Any) -> None:
+        self.kind = kind
+        self.key = key
+        self.value = value
+        self.token = token
 
 
 @dataclass(slots=True)
@@ -95,15 +101,20 @@ class _Call:
 class Session:
     """`client` identifies this session's requests; it must be unique among all clients of the cluster."""
 
-    def __init__(self, client: str, subjects: Subjects, knobs: Knobs, max_payload_bytes: int, done: Done):
+    def __init__(
+        self, client: str, subjects: Subjects, knobs: Knobs, max_payload_bytes: int, done: Done
+    ):
         self.client = client
         self.routes: Routes | None = None
         self._subjects, self._knobs, self._done = subjects, knobs, done
         self._batch_bytes_max = batch_bytes_max(max_payload_bytes)
+        self._timeout_ns = int(knobs.client_timeout_s * SECOND_NS)
         self._number = 0
         self._correlation = 0
         self._pending = 0
         self._lanes: dict[tuple[str, bool, str], _Lane] = {}
+        self._near: dict[tuple[bool, str, str | None], tuple[bytes, bytes | None, _Lane]] = {}
+        """(is a read, keyspace, level) -> range and lane of the shard asked last."""
         self._dirty: list[_Lane] = []
         self._sent: dict[int, _Sent] = {}
         self._calls: dict[int, _Call] = {}
@@ -119,31 +130,42 @@ class Session:
     def submit(self, operation: Operation, now_ns: int) -> None:
         """Take on an operation; its outcome is told once, by `done(token, outcome)`."""
         if self._pending >= self._knobs.client_pending_operations_max:
-            refusal = Overloaded("this client has too many calls under way; await some of them first")
+            refusal = Overloaded(
+                "this client has too many calls under way; await some of them first"
+            )
             return self._done(operation.token, refusal)
         self._pending += 1
         self._number += 1
         operation.number = self._number
-        operation.deadline_ns = now_ns + int(self._knobs.client_timeout_s * SECOND_NS)
-        return self._route(operation, now_ns)
+        operation.deadline_ns = now_ns + self._timeout_ns
+        lane = self._lane_of(operation)
+        if lane is None:
+            return self._route(operation, now_ns)
+        if not lane.waiting:
+            self._dirty.append(lane)
+        lane.waiting.append(operation)
+        return None
 
     def call(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
         """Ask any node; a refusal that may be retried is, under the same request_id."""
         if self._pending >= self._knobs.client_pending_operations_max:
-            refusal = Overloaded("this client has too many calls under way; await some of them first")
+            refusal = Overloaded(
+                "this client has too many calls under way; await some of them first"
+            )
             return self._done(token, refusal)
         self._pending += 1
         if verb == "batch":
             self._number += 1
             fields = {"request_id": f"{self.client}:{self._number}", **fields}
-        deadline_ns = now_ns + int(self._knobs.client_timeout_s * SECOND_NS)
+        deadline_ns = now_ns + self._timeout_ns
         return self._send_call(_Call(verb, encode_cbor(fields), token, deadline_ns), now_ns)
 
     def fetch_routes(self, now_ns: int) -> None:
         """Read the shard map, unless that is under way."""
         if self._fetch is None:
             self._fetch = self._request(
-                self._subjects.verb("map"), encode_cbor({"cached": True} if self._fetch_cached else {})
+                self._subjects.verb("map"),
+                encode_cbor({"cached": True} if self._fetch_cached else {}),
             )
             self._fetch_ns = now_ns + self._knobs.client_attempt_ms * MILLISECOND_NS // 2
 
@@ -162,7 +184,7 @@ class Session:
     def take_ready(self, now_ns: int) -> Ready:
         dirty, self._dirty = self._dirty, []
         for lane in dirty:
-            while lane.waiting and lane.in_flight < self._knobs.client_window_messages:
+            while lane.waiting and self._may_send(lane):
                 self._send(lane, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)  # type: ignore[arg-type]  # a list of requests is a list of effects
@@ -203,6 +225,14 @@ class Session:
 
     # ---- routing ----
 
+    def _lane_of(self, operation: Operation) -> _Lane | None:
+        """The lane of the last operation like this one, if the key belongs there too: the hot path of routing."""
+        near = self._near.get((operation.kind == b.GET, operation.keyspace, operation.consistency))
+        if near is None:
+            return None
+        start, end, lane = near
+        return lane if start <= operation.key and (end is None or operation.key < end) else None
+
     def _route(self, operation: Operation, now_ns: int) -> None:
         if self.routes is None:
             self._unrouted.append(operation)
@@ -212,7 +242,9 @@ class Session:
         if keyspace is None or route is None:
             return self._no_route(operation, keyspace is None, now_ns)
         if not route.active:
-            return self._again(operation, ShardUnavailable(f"shard {route.shard} is recovering"), now_ns)
+            return self._again(
+                operation, ShardUnavailable(f"shard {route.shard} is recovering"), now_ns
+            )
         self._join(operation, route, operation.consistency or keyspace.consistency)
         return None
 
@@ -231,9 +263,20 @@ class Session:
         lane = self._lanes.get(id)
         if lane is None:
             lane = self._lanes[id] = _Lane(*id)
+        assert self.routes is not None
+        if self.routes.keyspaces[operation.keyspace].policy == "range":
+            kind = (operation.kind == b.GET, operation.keyspace, operation.consistency)
+            self._near[kind] = (route.start, route.end, lane)
         if not lane.waiting:
             self._dirty.append(lane)
         lane.waiting.append(operation)
+
+    def _may_send(self, lane: _Lane) -> bool:
+        """At once when nothing is in flight; else only what fills a message, so that small ones do not pile up."""
+        if not lane.in_flight:
+            return True
+        window = self._knobs.client_window_messages
+        return lane.in_flight < window and len(lane.waiting) >= self._knobs.client_fill_operations
 
     def _send(self, lane: _Lane, now_ns: int) -> None:
         """Send the lane's next message, as full as its limits allow."""
@@ -249,14 +292,10 @@ class Session:
 
     def _cut(self, lane: _Lane) -> list[Operation]:
         waiting = lane.waiting
-        count = min(len(waiting), self._knobs.client_batch_operations_max)
-        size = 0
-        for i in range(count):
-            operation = waiting[i]
-            size += len(operation.key) + len(operation.value or b"") + 32
-            if size > self._batch_bytes_max and i:
-                count = i
-                break
+        # Half of what waits, so that the node works on one half while the client works on the other.
+        half = max(-(-len(waiting) // 2), 2 * self._knobs.client_fill_operations)
+        count = min(len(waiting), half, self._knobs.client_batch_operations_max)
+        count = _fitting(waiting[:count], self._batch_bytes_max)
         operations, lane.waiting = waiting[:count], waiting[count:]
         operations.sort(key=_by_number)
         return operations
@@ -289,24 +328,27 @@ class Session:
 
     def _tell_entries(self, sent: _Sent, reply: BatchReply, now_ns: int) -> None:
         values, done = reply.values or [None] * len(sent.operations), self._done
+        unanswered = b.UNANSWERED in reply.outcomes
+        lifetimes = reply.expires_at
+        versions = reply.versions()
         for i, operation in enumerate(sent.operations):
-            if reply.outcomes[i] == b.UNANSWERED:
+            if unanswered and reply.outcomes[i] == b.UNANSWERED:
                 self._pending += 1
                 self._route(operation, now_ns)
             else:
-                version = reply.version(i)
-                expires_at = reply.expires_at.get(i)
-                done(operation.token, Entry(operation.key, values[i], version, expires_at))
+                expires_at = lifetimes.get(i) if lifetimes else None
+                done(operation.token, Entry(operation.key, values[i], versions[i], expires_at))
 
     def _tell_receipts(self, sent: _Sent, reply: BatchReply, now_ns: int) -> None:
         shard, level, done = sent.lane.shard, sent.lane.consistency, self._done
+        versions, outcomes, failures = reply.versions(), reply.outcomes, reply.errors
         for i, operation in enumerate(sent.operations):
-            if i in reply.errors:
+            if i in failures:
                 self._pending += 1
-                self._again(operation, from_body(reply.errors[i]), now_ns)
+                self._again(operation, from_body(failures[i]), now_ns)
             else:
-                found = reply.outcomes[i] in (b.REPLACED, b.DELETED)
-                done(operation.token, Receipt(shard, reply.version(i), found, level))
+                found = outcomes[i] in (b.REPLACED, b.DELETED)
+                done(operation.token, Receipt(shard, versions[i], found, level))
 
     def _on_silence(self, sent: _Sent, now_ns: int) -> None:
         self._leave(sent.lane)
@@ -359,7 +401,9 @@ class Session:
 
     def _on_call_reply(self, call: _Call, body: bytes | None, now_ns: int) -> None:
         if body is None:
-            outcome: dict[str, Any] | BusKVError = ShardUnavailable("no node of the cluster answers")
+            outcome: dict[str, Any] | BusKVError = ShardUnavailable(
+                "no node of the cluster answers"
+            )
         else:
             fields = decode_cbor(body)
             outcome = from_body(fields) if "code" in fields else fields
@@ -382,10 +426,19 @@ class Session:
         routes = routes_from_public(fields)
         if self.routes is None or routes.map_version >= self.routes.map_version:
             self.routes = routes
+            self._near.clear()
         self._fetch_cached = False
         waiting, self._unrouted = self._unrouted, []
         for operation in waiting:
             self._route(operation, now_ns)
+
+
+def _fitting(operations: list[Operation], bytes_max: int) -> int:
+    """How many of the operations fit into one batch; at least one."""
+    sizes = [len(o.key) + 32 + (len(o.value) if o.value else 0) for o in operations]
+    if sum(sizes) <= bytes_max:
+        return len(operations)
+    return max(1, bisect_right([*accumulate(sizes)], bytes_max))
 
 
 def _make_batch(operations: list[Operation], client: str, consistency: str) -> Batch:
@@ -399,11 +452,8 @@ def _make_batch(operations: list[Operation], client: str, consistency: str) -> B
     values = [o.value for o in operations]
     if values.count(None) < len(values):
         batch.values = values
-    for i, operation in enumerate(operations):
-        if operation.has_condition:
-            batch.conditions[i] = operation.condition
-        if operation.ttl_ms is not None:
-            batch.ttls_ms[i] = operation.ttl_ms
+    batch.conditions = {i: o.condition for i, o in enumerate(operations) if o.has_condition}
+    batch.ttls_ms = {i: o.ttl_ms for i, o in enumerate(operations) if o.ttl_ms is not None}
     return batch
 
 

@@ -10,6 +10,7 @@ number and index 0; a `batch` request gives all its operations one number and th
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv import knobs
@@ -187,14 +188,14 @@ def _check_identity(batch: Batch, count: int) -> None:
     numbers = batch.numbers
     _require(type(numbers) in (list, range) and len(numbers) == count, "numbers do not match keys")
     _require(set(map(type, numbers)) == {int}, "numbers are integers")
-    _require(0 <= min(numbers) and max(numbers) <= knobs.NUMBER_MAX, "numbers are unsigned 64 bit")
+    _require(min(numbers) >= 0 and max(numbers) <= knobs.NUMBER_MAX, "numbers are unsigned 64 bit")
     indexes = batch.indexes
     if indexes:
         _require(type(indexes) is list and len(indexes) == count, "indexes do not match keys")
         _require(set(map(type, indexes)) == {int}, "indexes are integers")
-        _require(0 <= min(indexes) and max(indexes) < 2**32, "indexes are unsigned 32 bit")
+        _require(min(indexes) >= 0 and max(indexes) < 2**32, "indexes are unsigned 32 bit")
         ascending = list(zip(numbers, indexes, strict=True))
-        _require(all(a < b for a, b in zip(ascending, ascending[1:], strict=False)), "not ascending")
+        _require(all(a < b for a, b in pairwise(ascending)), "not ascending")
     elif type(numbers) is list:
         _require(sorted(set(numbers)) == numbers, "numbers are ascending, each once")
 
@@ -206,7 +207,9 @@ def is_client(client: str) -> bool:
 def _check_sparse(batch: Batch, count: int) -> None:
     _require(type(batch.conditions) is dict and type(batch.ttls_ms) is dict, "not a map")
     for i, condition in batch.conditions.items():
-        _require(type(i) is int and 0 <= i < count and batch.kinds[i] != GET, "condition of no write")
+        _require(
+            type(i) is int and 0 <= i < count and batch.kinds[i] != GET, "condition of no write"
+        )
         if condition is None:
             _require(batch.kinds[i] == PUT, "only a put can ask for an absent key")
         else:
@@ -277,6 +280,13 @@ class BatchReply:
         seq = self.seqs + i if isinstance(self.seqs, int) else self.seqs[i]
         epoch = self.epochs if isinstance(self.epochs, int) else self.epochs[i]
         return (epoch, seq) if seq else None
+
+    def versions(self) -> list[Version | None]:
+        """Every operation's version."""
+        count = len(self.outcomes)
+        seqs = range(self.seqs, self.seqs + count) if isinstance(self.seqs, int) else self.seqs
+        epochs = [self.epochs] * count if isinstance(self.epochs, int) else self.epochs
+        return [v if v[1] else None for v in zip(epochs, seqs, strict=True)]
 
     def to_wire(self) -> dict[str, Any]:
         wire: dict[str, Any] = {

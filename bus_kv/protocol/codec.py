@@ -27,7 +27,7 @@ BYTE_FIELDS = frozenset({"key", "value", "start", "end", "prefix"})
 _DEPTH_MAX = 8
 """Deepest nesting of containers in a body; the deepest legal request has four."""
 _TAGS = (
-    *range(0, 6), *range(21, 26), *range(28, 38), 52, 54, 100, 256, 258, 260, 261, 1004, 43000, 55799,
+    *range(6), *range(21, 26), *range(28, 38), 52, 54, 100, 256, 258, 260, 261, 1004, 43000, 55799,
 )  # fmt: skip
 """Tags that cbor2 would turn into values; every other tag reaches `tag_hook`."""
 

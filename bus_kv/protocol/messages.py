@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.errors import BusKVError
+if TYPE_CHECKING:
+    from bus_kv.errors import BusKVError
 
 Run: TypeAlias = tuple[int, str]
 """One life of a process: (start in ms since the Unix epoch, random). A greater one started later."""

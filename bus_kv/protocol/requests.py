@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv import knobs
-from bus_kv.errors import KeyTooLarge, KeyspaceUnknown, MalformedRequest, UnknownVerb
+from bus_kv.errors import KeyspaceUnknown, KeyTooLarge, MalformedRequest, UnknownVerb
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
 from bus_kv.subjects import is_id

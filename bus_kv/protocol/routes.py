@@ -28,7 +28,8 @@ class Routes:
 
     def find(self, keyspace: str, key: bytes) -> Route | None:
         starts, routes = self.ranges.get(keyspace, ([], []))
-        token = token_of(self.keyspaces[keyspace].policy, key)
+        policy = self.keyspaces[keyspace].policy
+        token = key if policy == "range" else token_of(policy, key)
         i = bisect_right(starts, token) - 1
         if i < 0:
             return None

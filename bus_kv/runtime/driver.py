@@ -10,7 +10,14 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bus_kv.core.machine import (
-    Halt, Publish, Received, Request, StoreCas, StoreGet, Subscribe, turn,
+    Halt,
+    Publish,
+    Received,
+    Request,
+    StoreCas,
+    StoreGet,
+    Subscribe,
+    turn,
 )  # fmt: skip
 from bus_kv.runtime.nats_bus import BusError
 
@@ -35,20 +42,19 @@ class Driver:
         log: Log | None = None,
         subjects: dict[str, tuple[Callable[[str], str], str]] | None = None,
         refuse: Callable[[Received], Publish | None] | None = None,
-        after_turn: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         """`subjects` maps a channel to (name -> subject, queue group) for Subscribe; `refuse` answers a message that
-        finds the inbox full; `after_turn` runs at the end of each turn."""
+        finds the inbox full."""
         self.machine = machine
         self.halt: Halt | None = None
         self._bus, self._clock, self._store, self._log = bus, clock, store, log
         self._subjects = subjects or {}
         self._refuse = refuse
-        self._after_turn = after_turn
         self._inbox: list[Event] = []
         self._inbox_max = inbox_messages_max
         self._refused: list[Publish] = []
         self._wake = asyncio.Event()
+        self._turned = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._subscriptions: dict[tuple[str, str], Subscription] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,8 +105,7 @@ class Driver:
         refused, self._refused = self._refused, []
         for effect in (*refused, *ready.effects):
             await self._perform(effect)
-        if self._after_turn is not None:
-            self._after_turn()
+        self._turned.set()
 
     async def _wait(self) -> None:
         """Until something was offered or the machine's deadline has come."""
@@ -150,10 +155,16 @@ class Driver:
 
     # ---- shutdown ----
 
-    async def idle(self) -> None:
-        """Return when nothing waits for a turn and no question to the store is open."""
-        while self._wake.is_set() or self._inbox or self._tasks:
-            await asyncio.sleep(0.005)
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` holds at the end of a turn."""
+        while not condition():
+            self._turned.clear()
+            await self._turned.wait()
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits for a turn, and no question to the store is open."""
+        return not (self._wake.is_set() or self._inbox or self._tasks)
 
     async def drain(self, channels: tuple[str, ...], deadline_s: float) -> None:
         """Stop taking new messages on these channels and let the turns finish what has come in."""

@@ -18,10 +18,15 @@ import ssl
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nats.aio.client import Client as NatsClient
-from nats.errors import Error as NatsError, SecureConnWantedError
+from nats.errors import Error as NatsError
+from nats.errors import SecureConnWantedError
 from nats.js.api import KeyValueConfig, StorageType
 from nats.js.errors import (
-    APIError, BucketNotFoundError, KeyNotFoundError, KeyWrongLastSequenceError, NotFoundError,
+    APIError,
+    BucketNotFoundError,
+    KeyNotFoundError,
+    KeyWrongLastSequenceError,
+    NotFoundError,
     ServiceUnavailableError,
 )  # fmt: skip
 
@@ -123,12 +128,12 @@ class NatsBus:
         except CredentialsRefused:
             await self._abandon(client)
             raise
-        client._error_cb = self._on_error  # noqa: SLF001  # the only way to be quiet after opening
+        client._error_cb = self._on_error  # the only way to be quiet after opening
         self._client = client
 
     async def _abandon(self, client: NatsClient) -> None:
-        client._closed_cb = None  # noqa: SLF001  # this client never was ours
-        client._error_cb = self._on_error  # noqa: SLF001
+        client._closed_cb = None  # this client never was ours
+        client._error_cb = self._on_error
         with contextlib.suppress(TimeoutError, NatsError, OSError):
             async with asyncio.timeout(1.0):
                 await client.close()
@@ -172,7 +177,7 @@ class NatsBus:
 
     @property
     def is_clustered(self) -> bool:
-        return bool(self._client._server_info.get("cluster"))  # noqa: SLF001  # no public accessor
+        return bool(self._client._server_info.get("cluster"))  # no public accessor
 
     def jetstream(self, timeout_s: float) -> JetStreamContext:
         return self._client.jetstream(domain=self._options.js_domain, timeout=timeout_s)

@@ -39,6 +39,7 @@ _SYNC_ALWAYS_VERSION_MIN = (2, 10, 0)
 
 DEFAULT_PORT = 4222
 _PORTS_TRIED_MAX = 100
+_PORT_END = 65_536
 _LOG_LINES_MAX = 5
 _INFO_BYTES_MAX = 1 << 20
 
@@ -74,14 +75,17 @@ jetstream {{
 
 def next_free_port(first: int = DEFAULT_PORT, host: str = "127.0.0.1") -> int:
     """The first port from `first` on that nobody listens on. Raises NatsServerError."""
-    for port in range(first, first + _PORTS_TRIED_MAX):
+    end = min(first + _PORTS_TRIED_MAX, _PORT_END)
+    for port in range(first, end):
         with socket.socket() as probe:
+            # As the server does, so that a port it has just left counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if probe.connect_ex((host, port)) != 0:
-                return port
-    raise NatsServerError(
-        f"ports {first} to {first + _PORTS_TRIED_MAX - 1} of {host} are all taken"
-    )
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise NatsServerError(f"no free port on {host} from {first} on: name another")
 
 
 async def read_info(host: str, port: int) -> dict[str, Any]:
@@ -224,14 +228,19 @@ class NatsServer:
             extra=self._extra,
         )
 
+    def _argv(self, binary: Path) -> list[str]:
+        return [
+            str(binary.absolute()),
+            *("--config", str(self._config_path)),
+            *("--addr", self._host, "--port", str(self._port or -1)),
+            *("--ports_file_dir", str(self.folder)),
+        ]
+
     async def _spawn(self, binary: Path) -> asyncio.subprocess.Process:
         log = os.open(self.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             return await asyncio.create_subprocess_exec(
-                binary.absolute(),
-                *("--config", self._config_path),
-                *("--addr", self._host, "--port", str(self._port or -1)),
-                *("--ports_file_dir", self.folder),
+                *self._argv(binary),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -52,13 +50,3 @@ async def _with_signals(main: Callable[[asyncio.Event], Coroutine[None, None, in
 def _fail(error: Exception, code: int) -> int:
     print(f"bus-kv: {error}", file=sys.stderr, flush=True)
     return code
-
-
-def set_up_logging(name: str) -> None:
-    """Plain lines on stderr; `BUS_KV_LOG` sets the level (debug, info, warning)."""
-    level = os.environ.get("BUS_KV_LOG", "info").upper()
-    logging.basicConfig(
-        level=getattr(logging, level, logging.INFO), stream=sys.stderr,
-        format=f"%(asctime)s {name} %(levelname)s %(message)s",
-    )  # fmt: skip
-    logging.getLogger("nats").setLevel(logging.CRITICAL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from bus_kv.knobs import Knobs
 from bus_kv.runtime.connection import OPTIONS, ConnectOptions
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Mapping
 
 HELP = {

@@ -12,18 +12,37 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
-    AppendCompleted, AppendStalled, Publish, Ready, Received, Request, Responded, StoreCas, StoreGet,
+    AppendCompleted,
+    AppendStalled,
+    Publish,
+    Ready,
+    Received,
+    Request,
+    Responded,
+    StoreCas,
     Stored,
+    StoreGet,
 )  # fmt: skip
 from bus_kv.core.timers import Timers
 from bus_kv.errors import BusKVError, UnknownVerb
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol.codec import (
-    codec_of, decode_body, decode_cbor, encode_body, encode_cbor, encode_json,
+    codec_of,
+    decode_body,
+    decode_cbor,
+    encode_body,
+    encode_cbor,
+    encode_json,
 )  # fmt: skip
 from bus_kv.protocol.messages import failure_headers, heartbeat_from_wire
 from bus_kv.protocol.shard_map import (
-    NodeState, ShardMap, ShardState, delta, from_document, shard_to_document, to_document,
+    NodeState,
+    ShardMap,
+    ShardState,
+    delta,
+    from_document,
+    shard_to_document,
+    to_document,
 )  # fmt: skip
 from coordinator.machine.attempt import Attempt
 from coordinator.machine.lease import Lease

@@ -21,7 +21,9 @@ KEY = "leader"
 
 
 class Lease:
-    def __init__(self, holder: str, nonce: str, lease_s: float, next_correlation: Callable[[], int]):
+    def __init__(
+        self, holder: str, nonce: str, lease_s: float, next_correlation: Callable[[], int]
+    ):
         self.active = False
         self.holder = ""
         """Who holds the lease, as far as is known; empty when nobody does."""
@@ -68,7 +70,9 @@ class Lease:
         if not self.active:
             return []
         self.active = False
-        return [StoreCas(self._next_correlation(), KEY, self._seen[0], {**self._record, "holder": ""})]
+        return [
+            StoreCas(self._next_correlation(), KEY, self._seen[0], {**self._record, "holder": ""})
+        ]
 
     def _later(self, now_ns: int) -> list[Effect]:
         self._timers.start("look", now_ns + self._lease_ns // 3)

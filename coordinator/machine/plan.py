@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from bus_kv.protocol.shard_map import (
-    Configuration, Keyspace, Member, Node, NodeState, Shard, ShardMap, ShardState,
+    Configuration,
+    Keyspace,
+    Member,
+    Node,
+    NodeState,
+    Shard,
+    ShardMap,
+    ShardState,
 )  # fmt: skip
 
 if TYPE_CHECKING:

@@ -13,8 +13,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.errors import (
-    BusKVError, KeyspaceUnknown, MalformedRequest, NoShard, OutcomeUnknown, Overloaded,
-    ShardUnavailable, ValueTooLarge, from_body,
+    BusKVError,
+    KeyspaceUnknown,
+    MalformedRequest,
+    NoShard,
+    OutcomeUnknown,
+    Overloaded,
+    ShardUnavailable,
+    ValueTooLarge,
+    from_body,
 )  # fmt: skip
 from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol import batch as b
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
     from bus_kv.protocol.shard_map import Shard
     from nodes.machine.node import NodeMachine
+
 
 @dataclass(slots=True)
 class Call:
@@ -192,7 +200,9 @@ class Gateway:
         replica = self._node.serving(shard.id)
         if replica is not None and part.batch is not None:
             raw = part.batch.encode()
-            return replica.submit(part.batch, raw, shard.epoch, now_ns, partial(self._on_reply, part))
+            return replica.submit(
+                part.batch, raw, shard.epoch, now_ns, partial(self._on_reply, part)
+            )
         if replica is not None:
             assert isinstance(part.call.request, ScanRequest)
             page = replica.scan(part.call.request, shard.epoch, self._node.page_bytes_max)
@@ -341,7 +351,9 @@ class Gateway:
             return OutcomeUnknown(
                 f"shard {part.shard} has not answered; send it again with the same request_id"
             )
-        return part.failure or ShardUnavailable(f"shard {part.shard} does not answer; send it again")
+        return part.failure or ShardUnavailable(
+            f"shard {part.shard} does not answer; send it again"
+        )
 
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
@@ -362,4 +374,3 @@ def _no_shard() -> BusKVError:
 
 def _too_much() -> BusKVError:
     return ValueTooLarge("the values do not fit into one reply; ask for fewer keys at once")
-

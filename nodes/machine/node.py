@@ -13,23 +13,49 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.endpoints import Endpoint
 from bus_kv.core.machine import (
-    Append, AppendCompleted, AppendStalled, EntryRow, Halt, Publish, Ready, Received, ReplicaRow,
-    Request, Responded, StoreGet, Stored, Subscribe,
+    Append,
+    AppendCompleted,
+    AppendStalled,
+    EntryRow,
+    Halt,
+    Publish,
+    Ready,
+    Received,
+    ReplicaRow,
+    Request,
+    Responded,
+    Stored,
+    StoreGet,
+    Subscribe,
 )  # fmt: skip
 from bus_kv.core.timers import Timers
 from bus_kv.errors import BusKVError, Overloaded, ShardUnavailable, ValueTooLarge
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs, batch_bytes_max, value_bytes_max
 from bus_kv.protocol.codec import (
-    Codec, codec_of, decode_body, decode_cbor, encode_body, encode_cbor, encode_json,
+    Codec,
+    codec_of,
+    decode_body,
+    decode_cbor,
+    encode_body,
+    encode_cbor,
+    encode_json,
 )  # fmt: skip
 from bus_kv.protocol.messages import (
-    Heartbeat, ReplicaReport, Run, failure_headers, heartbeat_from_wire,
+    Heartbeat,
+    ReplicaReport,
+    Run,
+    failure_headers,
+    heartbeat_from_wire,
 )  # fmt: skip
 from bus_kv.protocol.requests import InfoRequest, parse_request
 from bus_kv.protocol.shard_map import (
-    Shard, ShardMap, ShardState, apply_delta, from_document, shard_from_document,
+    Shard,
+    ShardMap,
+    ShardState,
+    apply_delta,
+    from_document,
+    shard_from_document,
 )  # fmt: skip
-from bus_kv.subjects import Subjects
 from nodes.machine import views
 from nodes.machine.gateway import Gateway
 from nodes.machine.replica import Replica, Status
@@ -39,6 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import Effect, Event
+    from bus_kv.subjects import Subjects
 
 HELLO_WAIT_NS = 300 * MILLISECOND_NS
 """How long a starting node waits for another process to say that it has the same id."""
@@ -80,7 +107,9 @@ class NodeMachine:
         self._rows: dict[str, ReplicaRow] = {}
         self._after_rows: list[Callable[[], None]] = []
         """What to do when the replica rows of this turn are durable."""
-        self._appended: deque[tuple[int, list[tuple[Replica, int]], list[Callable[[], None]]]] = deque()
+        self._appended: deque[tuple[int, list[tuple[Replica, int]], list[Callable[[], None]]]] = (
+            deque()
+        )
         self._ticket = 0
         self._correlation = 0
         self._timers = Timers()
@@ -231,9 +260,7 @@ class NodeMachine:
         self._count(endpoint, since_ns, result)
         return self._reply(message, encode_body(codec, result.to_body()), failure_headers(result))
 
-    def _reply(
-        self, message: Received, body: bytes, headers: dict[str, str] | None = None
-    ) -> None:
+    def _reply(self, message: Received, body: bytes, headers: dict[str, str] | None = None) -> None:
         if message.reply:
             self._effects.append(Publish(message.reply, body, headers))
 
@@ -370,7 +397,9 @@ class NodeMachine:
             }[fields["type"]]
             handle(fields, partial(self._reply_control, message))
         except (BusKVError, KeyError, TypeError, ValueError) as error:
-            self._reply_control(message, {"type": "refused", "reason": f"not understood: {error!r}"})
+            self._reply_control(
+                message, {"type": "refused", "reason": f"not understood: {error!r}"}
+            )
 
     def _reply_control(self, message: Received, fields: dict[str, Any]) -> None:
         self._reply(message, encode_cbor({"node": self.config.id, **fields}))
@@ -525,5 +554,3 @@ def _report(replica: Replica) -> ReplicaReport:
         replica.shard.id, *replica.promised, str(replica.status), replica.last, replica.commit_seq,
         len(table.records), table.data_bytes, replica.operations,
     )  # fmt: skip
-
-

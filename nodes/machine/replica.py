@@ -19,8 +19,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.core.machine import EntryRow, ReplicaRow
 from bus_kv.errors import (
-    BusKVError, ConsistencyNotMet, NotPrimary, OutcomeUnknown, Overloaded, PreconditionFailed,
-    StaleEpoch, WrongShard,
+    BusKVError,
+    ConsistencyNotMet,
+    NotPrimary,
+    OutcomeUnknown,
+    Overloaded,
+    PreconditionFailed,
+    StaleEpoch,
+    WrongShard,
 )  # fmt: skip
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
@@ -185,7 +191,9 @@ class Replica:
 
     def _refusal(self, batch: Batch, epoch: int) -> BusKVError | None:
         if self.status is not Status.ACTIVE:
-            return NotPrimary(f"node {self.node} does not serve shard {self.shard.id}; read the map")
+            return NotPrimary(
+                f"node {self.node} does not serve shard {self.shard.id}; read the map"
+            )
         if epoch != self.shard.epoch:
             return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
         tokens = batch.keys
@@ -262,7 +270,9 @@ class Replica:
             self.tail.append(segment)
         return segment
 
-    def _remember(self, batch: Batch, outcomes: bytes, epoch: int, first: int, time_ms: int) -> None:
+    def _remember(
+        self, batch: Batch, outcomes: bytes, epoch: int, first: int, time_ms: int
+    ) -> None:
         if batch.client:
             run = Run(batch.numbers, batch.indexes, outcomes, epoch, first, time_ms)
             self._dedup.add(batch.client, run)
@@ -287,7 +297,9 @@ class Replica:
     ) -> tuple[list[dict[str, Any]], bytes | None] | BusKVError:
         """One page of the shard's part of the range: its items and where the next page begins."""
         if self.status is not Status.ACTIVE:
-            return NotPrimary(f"node {self.node} does not serve shard {self.shard.id}; read the map")
+            return NotPrimary(
+                f"node {self.node} does not serve shard {self.shard.id}; read the map"
+            )
         if epoch != self.shard.epoch:
             return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
         self.operations += 1
@@ -460,7 +472,9 @@ class _Judge:
     def _undo(self) -> None:
         """An atomic batch with a refused operation does nothing."""
         cause = min(self.reply.errors)
-        failure = PreconditionFailed(f"operation {cause} of the atomic batch was refused; nothing was done")
+        failure = PreconditionFailed(
+            f"operation {cause} of the atomic batch was refused; nothing was done"
+        )
         self.reply.errors = {
             i: self.reply.errors.get(i, failure.to_body()) for i in range(len(self.batch))
         }

@@ -1,8 +1,8 @@
-"""Requests on a shard's own subject: the columnar form that nodes and clients use, and the readable form of the contract.
+"""Requests on a shard's own subject: the columnar form of nodes and clients, and the contract's readable form.
 
-    {"epoch": 3, "batch": <encoded batch>}                      -> {"batch": {outcomes, epochs, seqs, …}}
-    {"epoch": 3, "ops": [{"op": "put", …}], "request_id": …}    -> {"results": […]}
-    {"epoch": 3, "scan": {start, end, limit, reverse, …}}       -> {"items": […], "next": position or null}
+{"epoch": 3, "batch": <encoded batch>}                      -> {"batch": {outcomes, epochs, seqs, …}}
+{"epoch": 3, "ops": [{"op": "put", …}], "request_id": …}    -> {"results": […]}
+{"epoch": 3, "scan": {start, end, limit, reverse, …}}       -> {"items": […], "next": position or null}
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply, check_batch, decode_batch
 from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
 from bus_kv.protocol.requests import (
-    parse_operations, parse_request_id, parse_shard_scan, result_of,
+    parse_operations,
+    parse_request_id,
+    parse_shard_scan,
+    result_of,
 )  # fmt: skip
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bus_kv.protocol.batch import BatchReply
 from nodes.machine.dedup import DedupWindow
 from nodes.machine.replica import Replica
 from tests.simulator.__main__ import run_many
@@ -18,6 +17,8 @@ from tests.simulator.world import Violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from bus_kv.protocol.batch import BatchReply
 
 SEEDS = int(os.environ.get("BUS_KV_SIM_SEEDS", "300"))
 
@@ -104,5 +105,9 @@ def test_a_planted_bug_is_caught(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(Violation, match=promise):
-        for seed in range(1, 201):
-            run(seed)
+        run_all(range(1, 201))
+
+
+def run_all(seeds: range) -> None:
+    for seed in seeds:
+        run(seed)

@@ -49,7 +49,9 @@ def read_log(rows: list[EntryRow]) -> list[Logged]:
                 value = batch.values[i] if batch.kinds[i] == b.PUT else None
                 ttl_ms = batch.ttls_ms.get(i)
                 expires_at = None if ttl_ms is None else entry.time_ms + ttl_ms
-                logged.append(Logged((entry.epoch, seq), batch.keys[i], value, identity, expires_at))
+                logged.append(
+                    Logged((entry.epoch, seq), batch.keys[i], value, identity, expires_at)
+                )
                 seq += 1
     return logged
 
@@ -110,9 +112,9 @@ def _check_key(
         else:
             position = _observed(states, index, call, lower)
             state = states[position]
-            if state is not None and state.value is not None:
-                if invoked[state.value] > call.returned_ns:
-                    raise Violation(f"linearizability of {key!r}: {call} saw the future")
+            value = None if state is None else state.value
+            if value is not None and invoked[value] > call.returned_ns:
+                raise Violation(f"linearizability of {key!r}: {call} saw the future")
         finished.append((call.returned_ns, position))
 
 

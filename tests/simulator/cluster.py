@@ -58,6 +58,7 @@ def draw_shape(world: World) -> Shape:
             inbox_messages_max=random.choice([8, 1000]),
             tail_operations_max=random.choice([5, 10_000]),
             client_window_messages=random.choice([1, 4]),
+            client_fill_operations=random.choice([1, 3]),
             client_batch_operations_max=random.choice([2, 100]),
             client_timeout_s=20.0,
         ),
@@ -142,7 +143,14 @@ class Cluster:
     def _fault(self) -> None:
         if self.healed:
             return
-        kinds = [self._crash, self._crash, self._pause, self._cut, self._store_down, self._disk_full]
+        kinds = [
+            self._crash,
+            self._crash,
+            self._pause,
+            self._cut,
+            self._store_down,
+            self._disk_full,
+        ]
         # The first node is the one that gets the first shard: faults elsewhere teach less.
         victims = [self.nodes[0]] * 3 + self.nodes + self.coordinators
         self._random.choice(kinds)(self._random.choice(victims))

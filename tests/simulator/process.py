@@ -1,11 +1,18 @@
-"""A simulated process: one production machine, driven as `bus_kv.runtime.driver` drives it. It can crash, restart, pause."""
+"""A simulated process: one production machine, driven as `bus_kv.runtime.driver` does it; it can crash and pause."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
-    Halt, Publish, Received, Request, StoreCas, StoreGet, Subscribe, turn,
+    Halt,
+    Publish,
+    Received,
+    Request,
+    StoreCas,
+    StoreGet,
+    Subscribe,
+    turn,
 )  # fmt: skip
 from tests.simulator.world import MICROSECOND_NS, Violation
 

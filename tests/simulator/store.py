@@ -1,11 +1,11 @@
-"""The simulated map store: compare-and-set with delays, answers that are lost after the change was made, and outages."""
+"""The simulated map store: compare-and-set with delays, outages, and answers lost after the change was made."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.machine import StoreCas, StoreGet, Stored
+from bus_kv.core.machine import StoreCas, Stored, StoreGet
 from tests.simulator.world import MILLISECOND_NS, SECOND_NS
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Store:
 
     def document(self, key: str) -> dict[str, Any] | None:
         """What the store holds, for checkers."""
-        revision, text = self._values.get(key, (0, "null"))
+        _, text = self._values.get(key, (0, "null"))
         document: dict[str, Any] | None = json.loads(text)
         return document
 

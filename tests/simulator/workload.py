@@ -35,7 +35,9 @@ class Call:
 
 
 class Workload:
-    def __init__(self, world: World, cluster: Cluster, name: str, workers: int, history: list[Call]):
+    def __init__(
+        self, world: World, cluster: Cluster, name: str, workers: int, history: list[Call]
+    ):
         self._world, self._history, self._name = world, history, name
         self._random = world.random(f"workload/{name}")
         self._process = cluster.start_client(name, self._done)
@@ -105,5 +107,7 @@ class Workload:
                 call.outcome, call.version = "ok", outcome.version
             case dict():
                 call.outcome, call.version = "ok", tuple(outcome["version"])
-        self._world.note(self._name, f"{call.kind} {call.key!r} = {call.outcome} {call.version} {call.code}")
+        self._world.note(
+            self._name, f"{call.kind} {call.key!r} = {call.outcome} {call.version} {call.code}"
+        )
         self._think()

@@ -1,4 +1,4 @@
-"""The world of one run: the virtual clock, the schedule, randomness split by purpose, and the digest of all that happened."""
+"""The world of one run: the virtual clock, the schedule, randomness by purpose, and the digest of all that happened."""
 
 from __future__ import annotations
 
