@@ -63,8 +63,10 @@ class Knobs:
     """Messages waiting for a turn; past it OVERLOADED at once."""
     tail_operations_max: int = 200_000
     """Operations appended and not yet durable, per shard; past it OVERLOADED at once."""
+    tail_bytes_max: int = 64 << 20
+    """Bytes appended and not yet durable, per shard; past it OVERLOADED at once."""
     calls_max: int = 8192
-    """Requests that a gateway has under way at other nodes; past it OVERLOADED at once."""
+    """Requests that wait at a gateway for other nodes, or at a shard for its log; past it OVERLOADED at once."""
     suspect_after_ms: int = 250
     """A forward without an answer for this long raises a suspicion on the bus."""
     answer_within_ms: int = 1500

@@ -13,6 +13,7 @@ import bus_kv
 from bus_kv.core.machine import AppendCompleted, Halt
 from bus_kv.errors import MalformedRequest
 from bus_kv.protocol.entry import decode_entry
+from bus_kv.protocol.requests import VERBS
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 from bus_kv.runtime.nats_bus import BusError, NatsBus
@@ -160,7 +161,6 @@ class NodeHost:
 
     def _service(self) -> Service:
         options, subjects = self._options, self._subjects
-        verbs = ("get", "put", "delete", "batch", "scan", "health", "stats", "map")
         info = ServiceInfo(
             name="bus_kv-node",
             id=f"{options.id}-{self._machine.config.run[1]}",
@@ -170,7 +170,7 @@ class NodeHost:
                 "node": options.id, "root": subjects.root,
                 "value_bytes_max": str(self._machine.value_bytes_max),
             },
-            subjects={verb: subjects.verb(verb) for verb in verbs},
+            subjects={verb: subjects.verb(verb) for verb in VERBS},
             started_ns=self._clock.now_ns(),
         )  # fmt: skip
         return Service(info, lambda: self._machine.endpoints, self._bus)

@@ -66,9 +66,9 @@ Request: TypeAlias = DataRequest | ScanRequest | InfoRequest
 
 def parse_request(verb: str, body: dict[str, Any], value_bytes_max: int) -> Request:
     """Raises UnknownVerb, MalformedRequest, KeyTooLarge, ValueTooLarge."""
-    parse = _VERBS.get(verb)
+    parse = _PARSERS.get(verb)
     if parse is None:
-        raise UnknownVerb(f"there is no verb {verb!r}; there are {', '.join(sorted(_VERBS))}")
+        raise UnknownVerb(f"there is no verb {verb!r}; there are {', '.join(VERBS)}")
     request = parse(verb, body)
     if isinstance(request, DataRequest):
         b.check_values([v for v in request.batch.values if v is not None], value_bytes_max)
@@ -273,10 +273,14 @@ def _info(verb: str, body: dict[str, Any]) -> InfoRequest:
     return InfoRequest(verb, cached)
 
 
-_VERBS: dict[str, Callable[[str, dict[str, Any]], Request]] = {
+_PARSERS: dict[str, Callable[[str, dict[str, Any]], Request]] = {
     "get": _single, "put": _single, "delete": _single, "batch": _batch, "scan": _scan,
     "health": _info, "stats": _info, "map": _info,
 }  # fmt: skip
+
+
+VERBS = tuple(_PARSERS)
+"""What any node answers."""
 
 
 def result_of(batch: Batch, reply: BatchReply, i: int, shard: str, node: str) -> dict[str, Any]:

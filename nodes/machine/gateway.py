@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.errors import (
     BusKVError,
+    Internal,
     KeyspaceUnknown,
     MalformedRequest,
     NoShard,
@@ -240,9 +241,14 @@ class Gateway:
             gone = ShardUnavailable(f"nobody serves shard {part.shard}; send it again")
             self._on_failure(part, gone)
             return True
-        fields = decode_cbor(body)
-        if "batch" in fields:
-            self._on_reply(part, decode_batch_reply(fields["batch"]))
+        try:
+            fields = decode_cbor(body)
+            reply = decode_batch_reply(fields["batch"]) if "batch" in fields else None
+        except (BusKVError, TypeError, ValueError):
+            self._on_failure(part, Internal(f"shard {part.shard} sent an answer that is none"))
+            return True
+        if reply is not None:
+            self._on_reply(part, reply)
         elif "items" in fields:
             self._on_page(part, fields["items"], fields["next"])
         else:
@@ -253,6 +259,7 @@ class Gateway:
         if isinstance(reply, BusKVError):
             return self._on_failure(part, reply)
         assert part.batch is not None
+        self._node.silent.pop(part.shard, None)
         shard = self._node.map.shards.get(part.shard)
         primary = shard.primary if shard else ""
         results = [

@@ -47,7 +47,7 @@ from bus_kv.protocol.messages import (
     failure_headers,
     heartbeat_from_wire,
 )  # fmt: skip
-from bus_kv.protocol.requests import InfoRequest, parse_request
+from bus_kv.protocol.requests import VERBS, InfoRequest, parse_request
 from bus_kv.protocol.shard_map import (
     Shard,
     ShardMap,
@@ -69,8 +69,7 @@ if TYPE_CHECKING:
 
 HELLO_WAIT_NS = 300 * MILLISECOND_NS
 """How long a starting node waits for another process to say that it has the same id."""
-FETCH_PAUSE_NS = 50 * MILLISECOND_NS
-"""The store is read at most this often, however many requests meet an old map."""
+ENDPOINTS = (*VERBS, "shard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +97,8 @@ class NodeMachine:
         self.peers: dict[str, tuple[int, Heartbeat]] = {}
         """Newest heartbeat of each node, and when it came."""
         self.endpoints: dict[str, Endpoint] = {}
+        self.silent: dict[str, str] = {}
+        """Shards that did not answer this node's last forward, and how."""
         self.stalled = ""
         """Why the log cannot take more at the moment."""
         self._gateway = Gateway(self, f"{config.id}-{config.run[1]}")
@@ -265,7 +266,9 @@ class NodeMachine:
             self._effects.append(Publish(message.reply, body, headers))
 
     def _count(self, endpoint: str, since_ns: int, failure: BusKVError | None) -> None:
-        counters = self.endpoints.setdefault(endpoint, Endpoint())
+        counters = self.endpoints.setdefault(
+            endpoint if endpoint in ENDPOINTS else "other", Endpoint()
+        )
         text = None if failure is None else f"{failure.status}:{failure.code}"
         counters.record(self.now_ns - since_ns, text)
 
@@ -396,7 +399,7 @@ class NodeMachine:
                 "active": self._on_active,
             }[fields["type"]]
             handle(fields, partial(self._reply_control, message))
-        except (BusKVError, KeyError, TypeError, ValueError) as error:
+        except (BusKVError, KeyError, TypeError, ValueError, AttributeError) as error:
             self._reply_control(
                 message, {"type": "refused", "reason": f"not understood: {error!r}"}
             )
@@ -414,6 +417,8 @@ class NodeMachine:
         epoch, token = fields["epoch"], fields["token"]
         if fields["incarnation"] != self.config.incarnation or replica is None:
             return reply({"type": "refused", "reason": "this replica is not here"})
+        if (epoch, token) == replica.promised and epoch == replica.opened_epoch:
+            return None  # a late repeat: this attempt has gone on to its opening
         if (epoch, token) != replica.promised and epoch <= replica.promised[0]:
             return reply(
                 {"type": "refused", "reason": "promised more", "promised": replica.promised}
@@ -533,7 +538,11 @@ class NodeMachine:
         if correlation != self._hello or body is None:
             self._gateway.on_response(correlation, body)
             return
-        if tuple(decode_cbor(body)["run"]) < self.config.run:
+        try:
+            earlier = tuple(decode_cbor(body)["run"]) < self.config.run
+        except (BusKVError, KeyError, TypeError):
+            return
+        if earlier:
             self._effects.append(
                 Halt(1, f"node {self.config.id} runs already; stop it first or use another --id")
             )
@@ -543,6 +552,7 @@ class NodeMachine:
         record = self.map.shards.get(shard)
         if record is None:
             return
+        self.silent[shard] = reason
         body = {"node": record.primary, "shard": shard, "by": self.config.id, "reason": reason}
         subject = self.config.subjects.suspect_event(record.primary)
         self._effects.append(Publish(subject, encode_json(body)))

@@ -117,6 +117,7 @@ class Replica:
         self._entry_bytes_max = entry_bytes_max
         self._dedup = DedupWindow(knobs.dedup_window_ms, knobs.dedup_clients_max)
         self._waiting: deque[_Waiting] = deque()
+        self._tail_bytes = 0
 
     # ---- life cycle ----
 
@@ -202,7 +203,16 @@ class Replica:
         end = self.shard.end
         if min(tokens) < self.shard.start or (end is not None and max(tokens) >= end):
             return WrongShard(f"a key lies outside shard {self.shard.id}; read the map")
-        if self.last[1] - self.commit_seq > self._knobs.tail_operations_max:
+        return self._overload()
+
+    def _overload(self) -> BusKVError | None:
+        """The bounds of what waits for the log."""
+        operations = self.last[1] - self.commit_seq
+        if (
+            operations > self._knobs.tail_operations_max
+            or self._tail_bytes > self._knobs.tail_bytes_max
+            or len(self._waiting) > self._knobs.calls_max
+        ):
             return Overloaded(f"shard {self.shard.id} has too many writes under way; send it again")
         return None
 
@@ -250,6 +260,7 @@ class Replica:
         segment.outcomes.append(decision.outcomes)
         segment.batches.append(raw)
         segment.batch_bytes += len(raw) + len(batch)
+        self._tail_bytes += len(raw) + len(batch)
         segment.writes |= decision.writes
         segment.last = self.last[1] + applied_count(decision.outcomes)
         self.last = (segment.epoch, segment.last)
@@ -355,7 +366,9 @@ class Replica:
     def _commit(self, seq: int) -> None:
         assert len(self.shard.members) == 1, "R3: the only member is the majority"
         while self.tail and self.tail[0].last <= seq:
-            self.table.apply(self.tail.popleft().writes)
+            segment = self.tail.popleft()
+            self._tail_bytes -= segment.batch_bytes
+            self.table.apply(segment.writes)
         self.commit_seq = max(self.commit_seq, seq)
         while self._waiting and self._waiting[0].seq <= self.commit_seq:
             waiting = self._waiting.popleft()

@@ -32,6 +32,7 @@ def _health(node: NodeMachine) -> dict[str, Any]:
     reasons = [r for shard in node.map.shards.values() for r in _shard_reasons(node, shard)]
     if not node.map.shards:
         reasons.append("no shard is laid out")
+    reasons += [f"shard {id} does not answer: {why}" for id, why in node.silent.items()]
     if node.stalled:
         reasons.append(f"node {node.config.id} cannot write its log: {node.stalled}")
     return {
