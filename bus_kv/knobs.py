@@ -84,7 +84,7 @@ class Knobs:
     """The Python client sends a message again when it has no answer after this."""
     client_window_messages: int = 4
     """Messages in flight per shard and kind; while they are, calls gather in the next message."""
-    client_fill_operations: int = 64
+    client_fill_operations: int = 128
     """While messages are in flight, the next one leaves when it holds this many operations."""
     client_batch_operations_max: int = 2000
     client_pending_operations_max: int = 200_000

@@ -293,7 +293,7 @@ class Session:
     def _cut(self, lane: _Lane) -> list[Operation]:
         waiting = lane.waiting
         # Half of what waits, so that the node works on one half while the client works on the other.
-        half = max(-(-len(waiting) // 2), 2 * self._knobs.client_fill_operations)
+        half = max(-(-len(waiting) // 2), self._knobs.client_fill_operations)
         count = min(len(waiting), half, self._knobs.client_batch_operations_max)
         count = _fitting(waiting[:count], self._batch_bytes_max)
         operations, lane.waiting = waiting[:count], waiting[count:]
