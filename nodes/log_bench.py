@@ -65,7 +65,7 @@ def _body(count: int, arguments: argparse.Namespace) -> bytes:
 
 
 def measure(directory: Path, body: bytes, count: int, timing: Timing) -> dict[str, Any]:
-    """`Result.to_json()` of commits of this entry, and `entry_operations`. Raises DiskError, OSError."""
+    """`Result.to_json()` of commits of this entry. Raises DiskError, OSError."""
     with tempfile.TemporaryDirectory(prefix=".log_bench-", dir=directory) as name:
         log = NodeLog(Path(name), "bench")
         try:

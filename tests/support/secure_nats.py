@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -23,6 +22,7 @@ import nkeys  # type: ignore[import-untyped, unused-ignore]
 import trustme
 
 from bus_kv.runtime.connection import ConnectOptions
+from bus_kv.runtime.nats_server import get_nats_server
 
 START_S = 10.0
 SHORT_S = 4
@@ -65,7 +65,7 @@ class Server:
     async def start(self) -> None:
         """Start and wait until clients are served; raises RuntimeError with the server's log."""
         self._process = await asyncio.create_subprocess_exec(
-            find_nats_server(),
+            str(get_nats_server(print)),
             *("--config", str(self._folder / "nats.conf")),
             *("--addr", _HOST, "--port", str(self._port)),
             stderr=asyncio.subprocess.PIPE,
@@ -100,16 +100,6 @@ class Server:
             if "Server is ready" in log[-1]:
                 return
         raise RuntimeError("nats-server did not start:\n" + "".join(log))
-
-
-def find_nats_server() -> str:
-    checkout = Path(__file__).parents[2]
-    named = os.environ.get("NATS_SERVER")
-    places = [str(checkout / ".tools" / "bin"), os.environ.get("PATH", ""), "/usr/sbin"]
-    found = named or shutil.which("nats-server", path=os.pathsep.join(places))
-    if found is None:
-        raise FileNotFoundError("nats-server not found: run make setup or set NATS_SERVER")
-    return found
 
 
 @asynccontextmanager
