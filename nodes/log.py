@@ -16,6 +16,7 @@ import sqlite3
 import threading
 import zlib
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Append, AppendCompleted, AppendStalled, EntryRow, ReplicaRow
@@ -28,6 +29,9 @@ FORMAT_VERSION = 1
 LOG_NAME = "log.sqlite"
 LOCK_NAME = "LOCK"
 STALL_RETRY_S = 0.2
+ONE_STATEMENT_ENTRIES_MAX = 100
+"""A group of up to this many entries is one INSERT, a transaction by itself. Every call into SQLite lets go of the
+interpreter and has to get it back from a busy event loop; one call does that once."""
 CHECKPOINT_PAGES = 4096
 """WAL pages after which SQLite copies them into the database file; larger means rarer and longer stalls."""
 
@@ -196,10 +200,13 @@ class NodeLog:
             for r in append.replicas
         ]
         try:
+            if not replicas and len(entries) <= ONE_STATEMENT_ENTRIES_MAX:
+                rows = ",".join(["(?,?,?,?,?)"] * len(entries))
+                self._db.execute(f"INSERT INTO entries VALUES {rows}", [*chain(*entries)])
+                return
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO entries VALUES (?,?,?,?,?)", entries)
-            if replicas:
-                self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?)", replicas)
+            self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?)", replicas)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:

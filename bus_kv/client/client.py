@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.results import Entry, Receipt
 from bus_kv.client.session import Operation, Session
-from bus_kv.errors import BusKVError, MalformedRequest
+from bus_kv.errors import BusKVError, MalformedRequest, ShardUnavailable
 from bus_kv.knobs import KEY_BYTES_MAX, Knobs, value_bytes_max
 from bus_kv.protocol import batch as b
 from bus_kv.runtime.clock import Clock
@@ -86,6 +86,8 @@ class Client:
         self._loop: asyncio.AbstractEventLoop
         self._task: asyncio.Task[Any] | None = None
         self._value_bytes_max = 0
+        self._closed = "the client is not open"
+        """Why no call can be made; empty while they can."""
 
     async def open(self, deadline_s: float = 10.0) -> None:
         self._loop = asyncio.get_running_loop()
@@ -98,14 +100,27 @@ class Client:
             self._session, self._bus, self._clock, inbox_messages_max=self._knobs.inbox_messages_max
         )
         await self._bus.answer_to(self._driver.offer)
-        self._task = self._loop.create_task(self._driver.run())
+        self._closed = ""
+        self._task = self._loop.create_task(self._run())
 
     async def close(self) -> None:
-        """Close the connection; calls that are under way are cancelled."""
+        """Close the connection; calls that are under way end with a failure that says so."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=1.0)
         await self._bus.close()
+
+    async def _run(self) -> None:
+        """Run the session; whatever ends it, nobody is left waiting."""
+        reason = "the client was closed"
+        try:
+            await self._driver.run()
+        except Exception as error:
+            reason = f"the client failed and cannot go on, open a new one: {error!r}"
+            raise
+        finally:
+            self._closed = reason
+            self._session.close(reason)
 
     # ---- single operations ----
 
@@ -174,6 +189,8 @@ class Client:
     def _submit(
         self, operation: Operation, keyspace: str, consistency: str | None
     ) -> asyncio.Future[Any]:
+        if self._closed:
+            raise ShardUnavailable(self._closed)
         operation.token = future = self._loop.create_future()
         if keyspace != "default":
             operation.keyspace = keyspace
@@ -235,6 +252,8 @@ class Client:
         return outcomes
 
     def _submit_slice(self, operations: list[Operation]) -> asyncio.Future[list[Any]]:
+        if self._closed:
+            raise ShardUnavailable(self._closed)
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         group = _Group(len(operations), future)
         now_ns, submit = self._clock.now_ns(), self._session.submit
@@ -297,6 +316,8 @@ class Client:
 
     async def call(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
         """Send a verb to any node and return its reply as it stands on the wire. Raises the failure it carries."""
+        if self._closed:
+            raise ShardUnavailable(self._closed)
         future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._session.call(verb, fields, future, self._clock.now_ns())
         self._driver.wake()

@@ -169,6 +169,21 @@ class Session:
             )
             self._fetch_ns = now_ns + self._knobs.client_attempt_ms * MILLISECOND_NS // 2
 
+    def close(self, reason: str) -> None:
+        """End every operation and call that has no outcome yet."""
+        sent = [(o, True) for message in self._sent.values() for o in message.operations]
+        waiting = [(o, False) for lane in self._lanes.values() for o in lane.waiting]
+        paused = [(item, False) for _, _, item in self._paused]
+        unrouted = [(o, False) for o in self._unrouted]
+        calls = [(call, True) for call in self._calls.values()]
+        for item, is_sent in (*sent, *waiting, *paused, *unrouted, *calls):
+            writes = isinstance(item, _Call) or item.kind != b.GET
+            unknown = writes and (is_sent or getattr(item, "unanswered", True))
+            failure = OutcomeUnknown(reason) if unknown else ShardUnavailable(reason)
+            self._finish(item.token, failure)
+        self._sent, self._lanes, self._paused, self._unrouted, self._calls = {}, {}, [], [], {}
+        self._near.clear()
+
     # ---- the machine ----
 
     def step(self, event: Event, now_ns: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from bus_kv.runtime.nats_bus import BusError, BusUnreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+log = logging.getLogger("bus_kv.process")
 
 OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
 """Exit codes of every command."""
@@ -27,8 +30,8 @@ def run_process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> 
 
     if not __debug__:
         sys.exit("bus_kv: do not run with -O: its assertions guard your data")
-    # A commit's thread gets the interpreter back within half a millisecond, also while a turn is busy.
-    sys.setswitchinterval(0.0005)
+    # A commit's thread gets the interpreter back soon, also while a turn is busy.
+    sys.setswitchinterval(0.0002)
     try:
         return uvloop.run(_with_signals(main))
     except BusUnreachable as error:
@@ -37,6 +40,14 @@ def run_process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> 
         return _fail(error, FAILED)
     except KeyboardInterrupt:
         return OK
+    except Exception as error:
+        # A broken invariant: stop rather than serve on; the log at debug level says where.
+        log.debug("internal failure", exc_info=True)
+        return _fail(
+            f"internal failure, this process stops: {error!r}; "
+            "please report it with the output of BUS_KV_LOG=debug",
+            FAILED,
+        )
 
 
 async def _with_signals(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> int:
@@ -47,6 +58,6 @@ async def _with_signals(main: Callable[[asyncio.Event], Coroutine[None, None, in
     return await main(stop)
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"bus-kv: {error}", file=sys.stderr, flush=True)
     return code
