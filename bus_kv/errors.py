@@ -22,6 +22,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+MESSAGE_CHARS_MAX = 240
+"""A message may quote what a client sent; it travels in a header as well and has to stay short."""
+
 
 class BusKVError(Exception):
     """A failure with a code. `detail` holds what the wire body carries beside code, message and retry."""
@@ -33,6 +36,8 @@ class BusKVError(Exception):
     refreshes_map: ClassVar[bool] = False
 
     def __init__(self, message: str, **detail: Any) -> None:
+        if len(message) > MESSAGE_CHARS_MAX:
+            message = message[: MESSAGE_CHARS_MAX - 1] + "…"
         super().__init__(message)
         self.message = message
         self.detail = detail

@@ -1,7 +1,7 @@
 """Limits and settings, each with its unit in its name and one reason.
 
 `Limits` are part of the public contract and equal everywhere. `Knobs` may differ per process; tests shrink them to
-reach the edges. `value_bytes_max` is not here: it follows from the server's max_payload (`value_bytes_max()`).
+reach the edges. What follows from the server's max_payload is in protocol/sizes.py.
 """
 
 from __future__ import annotations
@@ -18,26 +18,12 @@ CLIENT_CHARS_MAX = 64
 NUMBER_MAX = 2**64 - 1
 """Largest request number: an unsigned 64-bit integer."""
 OPS_MAX = 10_000
-"""Operations in one message. The decisions about them take a byte each and must fit beside the batch in an entry."""
+"""Operations in one message at most; fewer where max_payload is small (protocol/sizes.py)."""
 SCAN_LIMIT_DEFAULT = 100
 SCAN_LIMIT_MAX = 10_000
 """Items of one page; a page also ends at the size of a reply."""
 TTL_MS_MAX = 100 * 366 * 24 * 3600 * 1000
 """A hundred years: larger is a mistake of units."""
-ENVELOPE_BYTES = 8192
-"""What a message needs beside one value: a largest key, field names, headers, an entry's decisions."""
-BATCH_OVERHEAD_BYTES = 32_768
-"""What a full batch needs beside its bytes to become one entry on the bus: decisions for OPS_MAX operations, header."""
-
-
-def value_bytes_max(max_payload_bytes: int) -> int:
-    """Largest value in bytes on a server with this max_payload."""
-    return max_payload_bytes - ENVELOPE_BYTES
-
-
-def batch_bytes_max(max_payload_bytes: int) -> int:
-    """Largest encoded batch in bytes; a bigger one is split by whoever builds it."""
-    return max(max_payload_bytes - BATCH_OVERHEAD_BYTES, max_payload_bytes // 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +40,6 @@ class Knobs:
     """A coordinator takes over when the lease record stood still this long on its own clock."""
     step_retry_ms: int = 500
     """An unanswered seal, open or announcement is sent again after this."""
-    recovering_patience_s: float = 3.0
-    """A shard RECOVERING without progress for this long is tried again under a new epoch."""
     store_timeout_ms: int = 2000
     """A request to the map's store without an answer after this is of unknown outcome."""
 
@@ -73,6 +57,8 @@ class Knobs:
     """A gateway or a primary answers within this, with OUTCOME_UNKNOWN if need be."""
     dedup_window_ms: int = 3_600_000
     """How long the outcome of a request_id is kept."""
+    dedup_runs_max: int = 2_000_000
+    """Logged batches whose outcomes are kept per shard; past it the window is shorter than an hour."""
     dedup_clients_max: int = 100_000
     """Clients whose last request number is remembered after the window has passed."""
     expire_batch_operations_max: int = 1000

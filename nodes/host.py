@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import bus_kv
 from bus_kv.core.machine import AppendCompleted, Halt
 from bus_kv.errors import MalformedRequest
-from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.requests import VERBS
+from bus_kv.protocol.sizes import MAX_PAYLOAD_BYTES_MIN
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 from bus_kv.runtime.nats_bus import BusError, NatsBus
@@ -80,9 +80,15 @@ class NodeHost:
             await self._bus.close()
 
     def _build(self) -> None:
-        options, now_ns = self._options, self._clock.now_ns()
+        options = self._options
+        if self._bus.max_payload_bytes < MAX_PAYLOAD_BYTES_MIN:
+            raise ProcessError(
+                f"this NATS server carries messages of {self._bus.max_payload_bytes} bytes; "
+                f"set max_payload to {MAX_PAYLOAD_BYTES_MIN} or more (1MB is usual)"
+            )
+        run = (self._next_run(), secrets.token_hex(8))
         config = NodeConfig(
-            options.id, self._log.incarnation, (now_ns // 1_000_000, secrets.token_hex(4)),
+            options.id, self._log.incarnation, run,
             self._subjects, self._bus.max_payload_bytes, bus_kv.__version__, options.zone,
             options.weight,
         )  # fmt: skip
@@ -104,13 +110,19 @@ class NodeHost:
             lambda error: loop.call_soon_threadsafe(self._on_disk_failure, error),
         )
 
+    def _next_run(self) -> int:
+        try:
+            return self._log.next_run(self._clock.now_ns() // 1_000_000)
+        except DiskError as error:
+            raise ProcessError(str(error)) from None
+
     def _restore(self) -> None:
         """Replay the log. It ends before the node says a word on the bus."""
         try:
             for row in self._log.replicas():
                 replica = self._machine.restore(row)
                 for entry in self._log.entries(row.shard):
-                    replica.replay(decode_entry(entry.body))
+                    replica.replay(entry)
                 log.info("shard %s restored up to seq %d", row.shard, replica.last[1])
         except DiskError as error:
             raise ProcessError(str(error)) from None
@@ -168,7 +180,7 @@ class NodeHost:
             description=f"bus_kv node {options.id}: a key-value database on this bus",
             metadata={
                 "node": options.id, "root": subjects.root,
-                "value_bytes_max": str(self._machine.value_bytes_max),
+                "value_bytes_max": str(self._machine.sizes.value),
             },
             subjects={verb: subjects.verb(verb) for verb in VERBS},
             started_ns=self._clock.now_ns(),

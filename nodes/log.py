@@ -8,6 +8,7 @@ fsync nothing is known about what reached it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -39,7 +40,7 @@ _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE replicas (
     shard TEXT PRIMARY KEY, promised_epoch INTEGER NOT NULL, promised_token TEXT NOT NULL,
-    opened_epoch INTEGER NOT NULL, record TEXT NOT NULL
+    opened_epoch INTEGER NOT NULL, record TEXT NOT NULL, checksum INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE entries (
     shard TEXT NOT NULL, last INTEGER NOT NULL, epoch INTEGER NOT NULL,
@@ -100,6 +101,7 @@ class NodeLog:
             values = ",".join(f"('{name}','{value}')" for name, value in meta.items())
             self._db.executescript(f"BEGIN;{statements}INSERT INTO meta VALUES {values};COMMIT;")
             _sync_directory(self._directory)
+            _sync_directory(self._directory.absolute().parent)
             return meta["incarnation"]
         meta = dict(self._db.execute("SELECT name, value FROM meta").fetchall())
         version = int(meta["format_version"])
@@ -115,22 +117,35 @@ class NodeLog:
             )
         return meta["incarnation"]
 
+    def next_run(self, now_ms: int) -> int:
+        """The number of this life of the process: the time, but greater than any before, whatever the clock did."""
+        try:
+            row = self._db.execute("SELECT value FROM meta WHERE name = 'run'").fetchone()
+            run = max(now_ms, int(row[0]) + 1 if row else 0)
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('run', ?)", [str(run)])
+        except sqlite3.Error as error:
+            raise _explain(self.path, error) from None
+        return run
+
     # ---- what was there ----
 
     def replicas(self) -> list[ReplicaRow]:
         """Every replica that this node has promised anything for. Raises DiskError."""
         try:
             rows = self._db.execute("SELECT * FROM replicas ORDER BY shard").fetchall()
-            return [ReplicaRow(a, b, c, d, json.loads(record)) for a, b, c, d, record in rows]
-        except (sqlite3.Error, ValueError) as error:
+        except sqlite3.Error as error:
             raise _explain(self.path, error) from None
+        for *columns, checksum in rows:
+            if _checksum(*columns) != checksum:
+                raise _damaged(self.path, f"the row of replica {columns[0]} has a wrong checksum")
+        return [ReplicaRow(a, b, c, d, json.loads(record)) for a, b, c, d, record, _ in rows]
 
     def entries(self, shard: str) -> Iterator[EntryRow]:
         """The shard's log, in order. Raises DiskError when an entry is not as it was written."""
         query = "SELECT last, epoch, checksum, body FROM entries WHERE shard = ? ORDER BY last"
         try:
             for last, epoch, checksum, body in self._db.execute(query, (shard,)):
-                if zlib.crc32(body) != checksum:
+                if _checksum(shard, last, epoch, body) != checksum:
                     raise _damaged(self.path, f"entry {last} of shard {shard} has a wrong checksum")
                 yield EntryRow(shard, last, epoch, body)
         except sqlite3.Error as error:
@@ -161,7 +176,7 @@ class NodeLog:
             self._db.close()
             os.close(self._lock)
 
-    def _work(self) -> None:
+    def _work(self) -> object:
         while True:
             with self._filled:
                 while not self._queue and not self._closing:
@@ -169,12 +184,13 @@ class NodeLog:
                 group = [*self._queue]
                 self._queue.clear()
             if not group:
-                return
+                return None
             try:
                 self._commit_until_done(group)
             except DiskError as error:
-                self._on_failure(error)
-                return
+                return self._on_failure(error)
+            except Exception as error:  # whatever it is, nobody may wait for this thread in vain
+                return self._on_failure(DiskError(f"the log {self.path} failed: {error!r}"))
             self._on_event(AppendCompleted(group[-1].ticket))
 
     def _commit_until_done(self, group: list[Append]) -> None:
@@ -190,14 +206,20 @@ class NodeLog:
 
     def _commit(self, group: list[Append]) -> None:
         entries = [
-            (row.shard, row.last, row.epoch, zlib.crc32(row.body), row.body)
+            (
+                row.shard,
+                row.last,
+                row.epoch,
+                _checksum(row.shard, row.last, row.epoch, row.body),
+                row.body,
+            )
             for append in group
             for row in append.entries
         ]
         replicas = [
-            (r.shard, r.promised_epoch, r.promised_token, r.opened_epoch, json.dumps(r.record))
+            (*columns, _checksum(*columns))
             for append in group
-            for r in append.replicas
+            for columns in map(_columns, append.replicas)
         ]
         try:
             if not replicas and len(entries) <= ONE_STATEMENT_ENTRIES_MAX:
@@ -206,12 +228,26 @@ class NodeLog:
                 return
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("INSERT INTO entries VALUES (?,?,?,?,?)", entries)
-            self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?)", replicas)
+            self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?,?)", replicas)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise _explain(self.path, error) from None
+
+
+def _columns(row: ReplicaRow) -> tuple[str, int, str, int, str]:
+    record = json.dumps(row.record)
+    return (row.shard, row.promised_epoch, row.promised_token, row.opened_epoch, record)
+
+
+def _checksum(*columns: str | int | bytes) -> int:
+    """CRC-32 of a row, its key included: a row in the wrong place is as wrong as a wrong byte."""
+    checksum = 0
+    for column in columns:
+        data = column if isinstance(column, bytes) else f"{column}/".encode()
+        checksum = zlib.crc32(data, checksum)
+    return checksum
 
 
 def _lock(directory: Path) -> int:
@@ -224,8 +260,10 @@ def _lock(directory: Path) -> int:
         raise DiskError(f"data directory {directory} cannot be written: {reason}") from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(handle)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise DiskError(f"{directory / LOCK_NAME} cannot be locked: {error.strerror}") from None
         raise DiskError(
             f"data directory {directory} is in use by another process; stop it or use another --data"
         ) from None

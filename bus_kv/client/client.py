@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bus_kv.client.results import Entry, Receipt
 from bus_kv.client.session import Operation, Session
 from bus_kv.errors import BusKVError, MalformedRequest, ShardUnavailable
-from bus_kv.knobs import KEY_BYTES_MAX, Knobs, value_bytes_max
+from bus_kv.knobs import KEY_BYTES_MAX, Knobs
 from bus_kv.protocol import batch as b
+from bus_kv.protocol.sizes import Sizes
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.connection import ConnectOptions
 from bus_kv.runtime.driver import Driver
@@ -93,7 +94,7 @@ class Client:
         self._loop = asyncio.get_running_loop()
         await self._bus.open(deadline_s)
         payload = self._bus.max_payload_bytes
-        self._value_bytes_max = value_bytes_max(payload)
+        self._value_bytes_max = Sizes(payload).value
         subjects = Subjects(self._options.root)
         self._session = Session(self._id, subjects, self._knobs, payload, _tell)
         self._driver = Driver(

@@ -17,21 +17,23 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.results import Entry, Receipt
+from bus_kv.core.fate import Fate
 from bus_kv.core.machine import Ready, Request, Responded
 from bus_kv.errors import (
     BusKVError,
     KeyspaceUnknown,
     NoShard,
-    OutcomeUnknown,
     Overloaded,
     ShardUnavailable,
+    ValueTooLarge,
     from_body,
 )  # fmt: skip
-from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs, batch_bytes_max
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply, decode_batch_reply
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.routes import Routes, routes_from_public
+from bus_kv.protocol.sizes import ENVELOPE_BYTES, Sizes, operation_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,12 +46,13 @@ if TYPE_CHECKING:
     Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
     Done: TypeAlias = Callable[[Any, Outcome], None]
 
+WRITING_VERBS = ("put", "delete", "batch")
 _by_number = attrgetter("number")
 _PAUSE_NS = 30 * MILLISECOND_NS
 _PAUSE_NS_MAX = 500 * MILLISECOND_NS
 
 
-class Operation:
+class Operation(Fate):
     """One get, put or delete on its way to one outcome. What is rarely set stays in the class."""
 
     keyspace = "default"
@@ -60,14 +63,16 @@ class Operation:
     number = 0
     deadline_ns = 0
     attempts = 0
-    unanswered = False
-    """Was sent and given up on without an answer: it may have been applied."""
 
     def __init__(self, kind: int, key: bytes, value: bytes | None, token: Any) -> None:
         self.kind = kind
         self.key = key
         self.value = value
         self.token = token
+
+    @property
+    def is_read(self) -> bool:
+        return self.kind == b.GET
 
 
 @dataclass(slots=True)
@@ -87,15 +92,20 @@ class _Sent:
     give_up_ns: int
 
 
-@dataclass(slots=True)
-class _Call:
+@dataclass
+class _Call(Fate):
     """A request to any node: a verb that is not coalesced."""
 
     verb: str
     body: bytes
     token: Any
     deadline_ns: int
+    give_up_ns: int = 0
     attempts: int = 0
+
+    @property
+    def is_read(self) -> bool:
+        return self.verb not in WRITING_VERBS
 
 
 class Session:
@@ -107,7 +117,7 @@ class Session:
         self.client = client
         self.routes: Routes | None = None
         self._subjects, self._knobs, self._done = subjects, knobs, done
-        self._batch_bytes_max = batch_bytes_max(max_payload_bytes)
+        self._sizes = Sizes(max_payload_bytes)
         self._timeout_ns = int(knobs.client_timeout_s * SECOND_NS)
         self._number = 0
         self._correlation = 0
@@ -130,10 +140,7 @@ class Session:
     def submit(self, operation: Operation, now_ns: int) -> None:
         """Take on an operation; its outcome is told once, by `done(token, outcome)`."""
         if self._pending >= self._knobs.client_pending_operations_max:
-            refusal = Overloaded(
-                "this client has too many calls under way; await some of them first"
-            )
-            return self._done(operation.token, refusal)
+            return self._done(operation.token, _too_many())
         self._pending += 1
         self._number += 1
         operation.number = self._number
@@ -147,18 +154,18 @@ class Session:
         return None
 
     def call(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
-        """Ask any node; a refusal that may be retried is, under the same request_id."""
+        """Ask any node. What may be sent again is, under one request_id, until it is answered or its time is over."""
         if self._pending >= self._knobs.client_pending_operations_max:
-            refusal = Overloaded(
-                "this client has too many calls under way; await some of them first"
-            )
+            return self._done(token, _too_many())
+        if verb in WRITING_VERBS and "request_id" not in fields:
+            self._number += 1
+            fields = {**fields, "request_id": f"{self.client}:{self._number}"}
+        body = encode_cbor(fields)
+        if len(body) > self._sizes.message:
+            refusal = ValueTooLarge(f"a request has at most {self._sizes.message} bytes; send less")
             return self._done(token, refusal)
         self._pending += 1
-        if verb == "batch":
-            self._number += 1
-            fields = {"request_id": f"{self.client}:{self._number}", **fields}
-        deadline_ns = now_ns + self._timeout_ns
-        return self._send_call(_Call(verb, encode_cbor(fields), token, deadline_ns), now_ns)
+        return self._send_call(_Call(verb, body, token, now_ns + self._timeout_ns), now_ns)
 
     def fetch_routes(self, now_ns: int) -> None:
         """Read the shard map, unless that is under way."""
@@ -177,10 +184,9 @@ class Session:
         unrouted = [(o, False) for o in self._unrouted]
         calls = [(call, True) for call in self._calls.values()]
         for item, is_sent in (*sent, *waiting, *paused, *unrouted, *calls):
-            writes = isinstance(item, _Call) or item.kind != b.GET
-            unknown = writes and (is_sent or getattr(item, "unanswered", True))
-            failure = OutcomeUnknown(reason) if unknown else ShardUnavailable(reason)
-            self._finish(item.token, failure)
+            if is_sent:
+                item.abandon()
+            self._finish(item.token, item.verdict(ShardUnavailable(reason)))
         self._sent, self._lanes, self._paused, self._unrouted, self._calls = {}, {}, [], [], {}
         self._near.clear()
 
@@ -209,9 +215,11 @@ class Session:
         if self._sent:
             candidates.append(next(iter(self._sent.values())).give_up_ns)
         if self._calls:
-            candidates.append(min(call.deadline_ns for call in self._calls.values()))
+            candidates.append(next(iter(self._calls.values())).give_up_ns)
         if self._fetch is not None:
             candidates.append(self._fetch_ns)
+        waiting = [lane.waiting[0] for lane in self._lanes.values() if lane.waiting]
+        candidates += [o.deadline_ns for o in (*waiting, *self._unrouted[:1])]
         return min(candidates, default=None)
 
     def on_deadline(self, now_ns: int) -> None:
@@ -225,18 +233,22 @@ class Session:
                 break
             del self._sent[correlation]
             self._on_silence(sent, now_ns)
-        for correlation, call in [*self._calls.items()]:
-            if call.deadline_ns <= now_ns:
-                del self._calls[correlation]
-                self._finish(call.token, OutcomeUnknown("no node has answered in time"))
+        while self._calls:
+            correlation, call = next(iter(self._calls.items()))
+            if call.give_up_ns > now_ns:
+                break
+            del self._calls[correlation]
+            self._on_call_silence(call, now_ns)
         while self._paused and self._paused[0][0] <= now_ns:
             item = heapq.heappop(self._paused)[2]
             if isinstance(item, _Call):
                 self._send_call(item, now_ns)
             else:
                 self._route(item, now_ns)
-        if self._unrouted:
-            self._drop_late(now_ns)
+        self._unrouted = self._drop_late(self._unrouted, now_ns)
+        for lane in self._lanes.values():
+            if lane.waiting and lane.waiting[0].deadline_ns <= now_ns:
+                lane.waiting = self._drop_late(lane.waiting, now_ns)
 
     # ---- routing ----
 
@@ -271,7 +283,7 @@ class Session:
             missing: BusKVError = KeyspaceUnknown(f"there is no keyspace {operation.keyspace!r}")
         else:
             missing = NoShard("the key lies outside every shard; see `bus-kv shards list`")
-        return self._finish(operation.token, missing)
+        return self._finish(operation.token, operation.verdict(missing))
 
     def _join(self, operation: Operation, route: Route, consistency: str) -> None:
         id = (route.shard, operation.kind == b.GET, consistency)
@@ -309,8 +321,10 @@ class Session:
         waiting = lane.waiting
         # Half of what waits, so that the node works on one half while the client works on the other.
         half = max(-(-len(waiting) // 2), self._knobs.client_fill_operations)
-        count = min(len(waiting), half, self._knobs.client_batch_operations_max)
-        count = _fitting(waiting[:count], self._batch_bytes_max)
+        count = min(
+            len(waiting), half, self._knobs.client_batch_operations_max, self._sizes.operations
+        )
+        count = _fitting(waiting[:count], self._sizes.batch)
         operations, lane.waiting = waiting[:count], waiting[count:]
         operations.sort(key=_by_number)
         return operations
@@ -368,7 +382,7 @@ class Session:
     def _on_silence(self, sent: _Sent, now_ns: int) -> None:
         self._leave(sent.lane)
         for operation in sent.operations:
-            operation.unanswered = operation.kind != b.GET
+            operation.abandon()
         failure = ShardUnavailable(f"shard {sent.lane.shard} does not answer")
         self._all_again(sent.operations, failure, now_ns)
 
@@ -379,13 +393,10 @@ class Session:
     def _again(self, operation: Operation, failure: BusKVError, now_ns: int) -> None:
         """Send an operation again after a pause if its failure allows and its time is not over."""
         operation.attempts += 1
-        if not failure.definite and failure.retriable:
-            operation.unanswered = operation.kind != b.GET
-        pause_ns = min(_PAUSE_NS << min(operation.attempts, 8), _PAUSE_NS_MAX)
-        if not failure.retriable:
-            return self._finish(operation.token, failure)
-        if now_ns + pause_ns >= operation.deadline_ns:
-            return self._finish(operation.token, _late(operation, failure))
+        operation.note(failure)
+        pause_ns = _pause_ns(operation.attempts)
+        if not failure.retriable or now_ns + pause_ns >= operation.deadline_ns:
+            return self._finish(operation.token, operation.verdict(failure))
         if failure.refreshes_map:
             self.fetch_routes(now_ns)
         heapq.heappush(self._paused, (now_ns + pause_ns, self._next_order(), operation))
@@ -395,14 +406,13 @@ class Session:
         self._correlation += 1
         return self._correlation
 
-    def _drop_late(self, now_ns: int) -> None:
-        waiting, self._unrouted = self._unrouted, []
-        for operation in waiting:
+    def _drop_late(self, operations: list[Operation], now_ns: int) -> list[Operation]:
+        """End those whose time is over before they could be sent; the others."""
+        for operation in operations:
             if operation.deadline_ns <= now_ns:
-                failure = ShardUnavailable("no node answers; is the cluster running?")
-                self._finish(operation.token, failure)
-            else:
-                self._unrouted.append(operation)
+                failure = ShardUnavailable("the cluster does not answer; is it running?")
+                self._finish(operation.token, operation.verdict(failure))
+        return [o for o in operations if o.deadline_ns > now_ns]
 
     def _finish(self, token: Any, outcome: Outcome) -> None:
         self._pending -= 1
@@ -411,24 +421,32 @@ class Session:
     # ---- calls and the map ----
 
     def _send_call(self, call: _Call, now_ns: int) -> None:
-        del now_ns
+        attempt_ns = self._knobs.client_attempt_ms * MILLISECOND_NS
+        call.give_up_ns = now_ns + attempt_ns
         self._calls[self._request(self._subjects.verb(call.verb), call.body)] = call
+
+    def _on_call_silence(self, call: _Call, now_ns: int) -> None:
+        call.abandon()
+        self._call_again(call, ShardUnavailable("no node has answered in time"), now_ns)
 
     def _on_call_reply(self, call: _Call, body: bytes | None, now_ns: int) -> None:
         if body is None:
-            outcome: dict[str, Any] | BusKVError = ShardUnavailable(
-                "no node of the cluster answers"
+            return self._call_again(
+                call, ShardUnavailable("no node of the cluster answers"), now_ns
             )
-        else:
-            fields = decode_cbor(body)
-            outcome = from_body(fields) if "code" in fields else fields
+        fields = decode_cbor(body)
+        if "code" in fields:
+            return self._call_again(call, from_body(fields), now_ns)
+        return self._finish(call.token, fields)
+
+    def _call_again(self, call: _Call, failure: BusKVError, now_ns: int) -> None:
         call.attempts += 1
-        pause_ns = min(_PAUSE_NS << min(call.attempts, 8), _PAUSE_NS_MAX)
-        retriable = isinstance(outcome, BusKVError) and outcome.retriable
-        if retriable and now_ns + pause_ns < call.deadline_ns:
-            heapq.heappush(self._paused, (now_ns + pause_ns, self._next_order(), call))
-        else:
-            self._finish(call.token, outcome)
+        call.note(failure)
+        pause_ns = _pause_ns(call.attempts)
+        if not failure.retriable or now_ns + pause_ns >= call.deadline_ns:
+            return self._finish(call.token, call.verdict(failure))
+        heapq.heappush(self._paused, (now_ns + pause_ns, self._next_order(), call))
+        return None
 
     def _on_routes(self, body: bytes | None, now_ns: int) -> None:
         self._fetch = None
@@ -450,7 +468,8 @@ class Session:
 
 def _fitting(operations: list[Operation], bytes_max: int) -> int:
     """How many of the operations fit into one batch; at least one."""
-    sizes = [len(o.key) + 32 + (len(o.value) if o.value else 0) for o in operations]
+    sizes = [operation_bytes(o.key, o.value) for o in operations]
+    bytes_max -= ENVELOPE_BYTES
     if sum(sizes) <= bytes_max:
         return len(operations)
     return max(1, bisect_right([*accumulate(sizes)], bytes_max))
@@ -472,7 +491,10 @@ def _make_batch(operations: list[Operation], client: str, consistency: str) -> B
     return batch
 
 
-def _late(operation: Operation, failure: BusKVError) -> BusKVError:
-    if operation.unanswered and failure.definite:
-        return OutcomeUnknown(f"it may have been applied, and then: {failure.message}")
-    return failure
+def _pause_ns(attempts: int) -> int:
+    """How long to wait before the next attempt: longer each time."""
+    return min(_PAUSE_NS << min(attempts, 8), _PAUSE_NS_MAX)
+
+
+def _too_many() -> Overloaded:
+    return Overloaded("this client has too many calls under way; await some of them first")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from bus_kv import knobs
 from bus_kv.errors import KeyTooLarge, MalformedRequest, ValueTooLarge
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
+from bus_kv.protocol.sizes import ENVELOPE_BYTES, Sizes, operation_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -119,8 +120,9 @@ def decode_batch(body: bytes) -> Batch:
         if name in fields:
             fields[name] = _from_pairs(fields[name])
     batch = Batch(**{"kinds": b"", "keys": [], **fields})
+    _require(type(batch.keys) is list, "keys is not a list")
     first: Any = batch.numbers
-    if type(first) is int:
+    if type(first) is int and 0 <= first <= knobs.NUMBER_MAX:
         batch.numbers = range(first, first + len(batch.keys))
     return batch
 
@@ -133,20 +135,20 @@ def _from_pairs(pairs: Any) -> dict[Any, Any]:
         raise MalformedRequest("a sparse field is a list of [operation, value]") from None
 
 
-def check_batch(batch: Batch, value_bytes_max: int) -> None:
+def check_batch(batch: Batch, sizes: Sizes) -> None:
     """Refuse a batch that is not whole: MalformedRequest, KeyTooLarge, ValueTooLarge.
 
     Every test runs over a column at C speed; which operation is at fault is looked for only when one is.
     """
-    count = len(batch.keys) if type(batch.keys) is list else 0
-    _require(0 < count <= knobs.OPS_MAX, f"a batch holds 1 to {knobs.OPS_MAX} operations")
+    count = len(batch.keys)
+    _require(0 < count <= sizes.operations, f"a batch holds 1 to {sizes.operations} operations")
     _require(type(batch.kinds) is bytes and len(batch.kinds) == count, "kinds do not match keys")
     _require(max(batch.kinds) <= DELETE, "unknown kind of operation")
     _require(set(map(type, batch.keys)) == {bytes}, "keys are byte strings")
     _require(batch.consistency in CONSISTENCIES, "consistency is one of one, quorum, all")
     _require(type(batch.atomic) is bool, "atomic is true or false")
     check_keys(batch.keys)
-    _check_values(batch, count, value_bytes_max)
+    _check_values(batch, count, sizes.value)
     _check_identity(batch, count)
     _check_sparse(batch, count)
 
@@ -242,13 +244,11 @@ def _require(condition: bool, message: str) -> None:
 
 
 def split_batch(batch: Batch, bytes_max: int) -> list[Batch]:
-    """Cut a batch into batches whose keys and values stay below `bytes_max`, in order. An atomic one is never cut."""
-    if batch.atomic:
-        return [batch]
-    sizes = [len(key) + 24 for key in batch.keys]
-    if batch.values:
-        sizes = [n + len(v or b"") for n, v in zip(sizes, batch.values, strict=True)]
-    if sum(sizes) <= bytes_max:
+    """Cut a batch into batches that encode to at most `bytes_max` each, in order. An atomic one is never cut."""
+    values = batch.values or [None] * len(batch)
+    sizes = [*map(operation_bytes, batch.keys, values)]
+    bytes_max -= ENVELOPE_BYTES
+    if batch.atomic or sum(sizes) <= bytes_max:
         return [batch]
     pieces: list[list[int]] = [[]]
     room = bytes_max

@@ -48,7 +48,7 @@ def decode_body(body: bytes) -> tuple[Codec, dict[str, Any]]:
         return Codec.CBOR, _text_to_bytes(decode_cbor(body))
     if body and body[:1] != b"{":
         raise MalformedRequest("the body is neither a JSON object nor a CBOR map")
-    return Codec.JSON, _from_json(_decode_json(body or b"{}"))
+    return Codec.JSON, _from_json(_decode_json(body or b"{}"), _DEPTH_MAX)
 
 
 def decode_cbor(body: bytes) -> dict[str, Any]:
@@ -138,26 +138,28 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not allowed")
 
 
-def _from_json(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_from_json(item) for item in value]
-    if not isinstance(value, dict):
+def _from_json(value: Any, depth: int) -> Any:
+    if not isinstance(value, list | dict):
         return value
+    if not depth:
+        raise MalformedRequest(f"the body is nested deeper than {_DEPTH_MAX}")
+    if isinstance(value, list):
+        return [_from_json(item, depth - 1) for item in value]
     result: dict[str, Any] = {}
     for name, item in value.items():
-        plain, decoded = _json_field(name, item)
+        plain, decoded = _json_field(name, item, depth - 1)
         if plain in result:
             raise MalformedRequest(f"{plain} and {plain}_b64 are both given")
         result[plain] = decoded
     return result
 
 
-def _json_field(name: str, item: Any) -> tuple[str, Any]:
+def _json_field(name: str, item: Any, depth: int) -> tuple[str, Any]:
     if name in BYTE_FIELDS and isinstance(item, str):
         return name, item.encode()
     plain = name.removesuffix("_b64")
     if plain == name or plain not in BYTE_FIELDS:
-        return name, _from_json(item)
+        return name, _from_json(item, depth)
     try:
         return plain, base64.b64decode(item, validate=True)
     except (binascii.Error, TypeError, ValueError):

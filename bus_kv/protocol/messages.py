@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from bus_kv.errors import BusKVError
+from bus_kv.errors import BusKVError, MalformedRequest
+from bus_kv.protocol.shard_map import Shard, shard_from_document
+from bus_kv.subjects import is_id
+
+EPOCH_MAX = 2**62
+"""Epochs are small; a larger one is nonsense and would not fit the log's column."""
 
 Run: TypeAlias = tuple[int, str]
 """One life of a process: (start in ms since the Unix epoch, random). A greater one started later."""
@@ -48,16 +52,82 @@ class Heartbeat:
 
 
 def heartbeat_from_wire(wire: dict[str, Any]) -> Heartbeat:
-    """Raises KeyError, TypeError or ValueError when it is none; unknown fields of newer nodes are passed over."""
-    known = {name: wire[name] for name in Heartbeat.__dataclass_fields__ if name in wire}
-    known["run"] = tuple(known["run"])
-    known["shards"] = [
-        ReplicaReport(**{n: s[n] for n in ReplicaReport.__dataclass_fields__})
-        for s in known["shards"]
-    ]
-    for report in known["shards"]:
-        report.last = tuple(report.last)
-    return Heartbeat(**known)
+    """Raises MalformedRequest when it is none; unknown fields of newer nodes are passed over."""
+    fields = _typed(wire, _HEARTBEAT)
+    if not is_id(fields["node"]):
+        raise MalformedRequest("node is not an id")
+    fields["run"] = _pair(fields["run"], int, str)
+    fields["shards"] = [_report_from_wire(report) for report in fields["shards"]]
+    return Heartbeat(**fields)
+
+
+def _report_from_wire(wire: Any) -> ReplicaReport:
+    fields = _typed(wire, _REPORT)
+    fields["last"] = _pair(fields["last"], int, int)
+    return ReplicaReport(**fields)
+
+
+def _typed(wire: Any, kinds: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    """The fields that are known, each of its kind."""
+    if type(wire) is not dict:
+        raise MalformedRequest("not a map")
+    for name, kind in kinds.items():
+        if type(wire.get(name)) not in kind:
+            raise MalformedRequest(f"{name} is missing or of the wrong kind")
+    return {name: wire[name] for name in kinds}
+
+
+def _pair(value: Any, first: type, second: type) -> tuple[Any, Any]:
+    if len(value) != 2 or type(value[0]) is not first or type(value[1]) is not second:
+        raise MalformedRequest(f"{value!r} is not a pair as it should be")
+    return value[0], value[1]
+
+
+_HEARTBEAT: dict[str, tuple[type, ...]] = {
+    "node": (str,), "incarnation": (str,), "run": (list,), "leaving": (bool,),
+    "zone": (str, type(None)), "weight": (int,), "version": (str,), "value_bytes_max": (int,),
+    "map_version": (int,), "shards": (list,),
+}  # fmt: skip
+_REPORT: dict[str, tuple[type, ...]] = {
+    "id": (str,), "epoch": (int,), "token": (str,), "status": (str,), "last": (list,),
+    "commit_seq": (int,), "keys": (int,), "bytes": (int,), "operations": (int,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """Step 2: promise (epoch, token) and report the end of the log. `incarnation` is whom it is meant for."""
+
+    shard: str
+    epoch: int
+    token: str
+    incarnation: str
+
+
+def seal_from_wire(wire: dict[str, Any]) -> Seal:
+    """Raises MalformedRequest."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "shard": (str,), "epoch": (int,), "token": (str,), "incarnation": (str,),
+    }  # fmt: skip
+    fields = _typed(wire, kinds)
+    if not is_id(fields["shard"]) or not 0 < fields["epoch"] < EPOCH_MAX:
+        raise MalformedRequest("shard or epoch is out of range")
+    return Seal(**fields)
+
+
+def record_from_wire(wire: dict[str, Any]) -> Shard:
+    """The `record` of an opening or announcement. Raises MalformedRequest."""
+    try:
+        shard = shard_from_document(wire["record"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MalformedRequest(f"record is not a shard: {error!r}") from None
+    names = [shard.id, shard.keyspace, shard.token, shard.primary]
+    names += [m.node for m in shard.members] + [m.incarnation for m in shard.members]
+    if not all(type(name) is str for name in names) or not is_id(shard.id):
+        raise MalformedRequest("record is not a shard")
+    if type(shard.epoch) is not int or not 0 < shard.epoch < EPOCH_MAX:
+        raise MalformedRequest("epoch is out of range")
+    return shard
 
 
 def failure_headers(error: BusKVError) -> dict[str, str]:

@@ -15,6 +15,8 @@ from bus_kv.subjects import is_id
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from bus_kv.protocol.sizes import Sizes
+
 RequestId: TypeAlias = tuple[str, int]
 """(client, number)."""
 
@@ -64,14 +66,16 @@ class InfoRequest:
 Request: TypeAlias = DataRequest | ScanRequest | InfoRequest
 
 
-def parse_request(verb: str, body: dict[str, Any], value_bytes_max: int) -> Request:
+def parse_request(verb: str, body: dict[str, Any], sizes: Sizes) -> Request:
     """Raises UnknownVerb, MalformedRequest, KeyTooLarge, ValueTooLarge."""
     parse = _PARSERS.get(verb)
     if parse is None:
         raise UnknownVerb(f"there is no verb {verb!r}; there are {', '.join(VERBS)}")
     request = parse(verb, body)
     if isinstance(request, DataRequest):
-        b.check_values([v for v in request.batch.values if v is not None], value_bytes_max)
+        b.check_values([v for v in request.batch.values if v is not None], sizes.value)
+        if len(request.batch) > sizes.operations:
+            raise MalformedRequest(f"ops holds at most {sizes.operations} operations")
     return request
 
 
@@ -250,6 +254,11 @@ def prefix_end(prefix: bytes) -> bytes | None:
 def make_cursor(request: ScanRequest, position: bytes) -> str:
     """Where the next page begins: `position` is its lowest key, or in reverse its exclusive highest."""
     return ("r" if request.reverse else "f") + position.hex()
+
+
+def cursor_before(last_key: bytes, next_key: bytes, reverse: bool) -> str:
+    """The cursor of a page that ends with `last_key` and would go on with `next_key`."""
+    return f"r{last_key.hex()}" if reverse else f"f{next_key.hex()}"
 
 
 def _resume(request: ScanRequest, cursor: str) -> None:

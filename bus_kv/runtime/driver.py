@@ -15,6 +15,7 @@ from bus_kv.core.machine import (
     Received,
     Request,
     StoreCas,
+    Stored,
     StoreGet,
     Subscribe,
     turn,
@@ -128,10 +129,11 @@ class Driver:
                 await self._bus.publish(subject, body, reply=self._bus.reply_subject(correlation))
             case StoreGet(correlation, key):
                 assert self._store is not None
-                self._spawn(self._ask(self._store.get(correlation, key)))
+                self._spawn(self._ask(correlation, self._store.get(correlation, key)))
             case StoreCas(correlation, key, revision, document):
                 assert self._store is not None
-                self._spawn(self._ask(self._store.cas(correlation, key, revision, document)))
+                question = self._store.cas(correlation, key, revision, document)
+                self._spawn(self._ask(correlation, question))
             case Subscribe(channel, name, active):
                 await self._subscribe(channel, name, active)
             case Halt():
@@ -142,8 +144,12 @@ class Driver:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, question: Coroutine[Any, Any, Event]) -> None:
-        self.offer(await question)
+    async def _ask(self, correlation: int, question: Coroutine[Any, Any, Event]) -> None:
+        """The machine waits for this answer: whatever goes wrong is one, too."""
+        try:
+            self.offer(await question)
+        except Exception as error:
+            self.offer(Stored(correlation, failure=repr(error)))
 
     async def _subscribe(self, channel: str, name: str, active: bool) -> None:
         key = (channel, name)

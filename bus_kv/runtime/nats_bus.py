@@ -158,9 +158,11 @@ class NatsBus:
         while not self._closing:
             try:
                 await self.open()
-                for subscription in self._subscriptions:
+                for subscription in list(self._subscriptions):
                     await subscription.start(self._client)
                 self._reopening = None
+                if self._client.is_closed:
+                    return await self._on_closed()
                 return await self._on_reconnected()
             except (BusError, NatsError, OSError) as error:
                 log.warning("NATS: %s", error)
@@ -213,7 +215,11 @@ class NatsBus:
         """Call `on_message` for each message, one at a time; also after the connection was lost and came back."""
         subscription = Subscription(subject, on_message, queue)
         self._subscriptions[subscription] = None
-        await subscription.start(self._client)
+        try:
+            await subscription.start(self._client)
+        except NatsError as error:
+            # Closed just now: reopening starts every subscription that is known.
+            log.debug("not subscribed to %s yet: %r", subject, error)
         return subscription
 
     async def unsubscribe(self, subscription: Subscription) -> None:
@@ -321,7 +327,7 @@ class MapStore:
             return Stored(correlation)
         except (NatsError, TimeoutError, OSError) as error:
             return Stored(correlation, failure=_reason(error))
-        return Stored(correlation, entry.revision or 0, json.loads(entry.value or b"null"))
+        return _stored(correlation, entry.revision or 0, entry.value or b"null")
 
     async def cas(
         self, correlation: int, key: str, revision: int, document: dict[str, Any]
@@ -337,6 +343,13 @@ class MapStore:
         except (NatsError, TimeoutError, OSError) as error:
             return Stored(correlation, failure=_reason(error))
         return Stored(correlation, written, document)
+
+
+def _stored(correlation: int, revision: int, value: bytes) -> Stored:
+    try:
+        return Stored(correlation, revision, json.loads(value))
+    except ValueError:
+        return Stored(correlation, failure="the value in the store is not JSON")
 
 
 def _reason(error: Exception) -> str:

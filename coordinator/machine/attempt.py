@@ -71,3 +71,9 @@ class Attempt:
             self.sealed[member.node] = (epoch, seq)
         elif fields["type"] == "opened":
             self.opened = True
+
+
+def refused_with(fields: dict[str, Any]) -> int:
+    """The epoch that a replica has promised instead; 0 when it has not refused for that."""
+    promised = fields.get("promised") if fields["type"] == "refused" else None
+    return int(promised[0]) if promised and type(promised[0]) is int else 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bus_kv.core.machine import (
     AppendCompleted,
@@ -44,7 +44,7 @@ from bus_kv.protocol.shard_map import (
     shard_to_document,
     to_document,
 )  # fmt: skip
-from coordinator.machine.attempt import Attempt
+from coordinator.machine.attempt import Attempt, refused_with
 from coordinator.machine.lease import Lease
 from coordinator.machine.plan import Heard, next_map, report_of
 
@@ -150,7 +150,7 @@ class CoordinatorMachine:
     def _on_heartbeat(self, message: Received) -> None:
         try:
             beat = heartbeat_from_wire(decode_body(message.body)[1])
-        except (BusKVError, KeyError, TypeError, ValueError):
+        except BusKVError:
             return
         newest = self._heard.beats.get(beat.node)
         if newest is not None and beat.run < newest.run:
@@ -299,12 +299,16 @@ class CoordinatorMachine:
     def _on_answer(self, attempt: Attempt, member: Member, body: bytes | None) -> None:
         if self._attempts.get(attempt.shard.id) is not attempt or body is None:
             return
-        fields: dict[str, Any] = decode_cbor(body)
         sealed_before = attempt.is_sealed
-        attempt.on_answer(member, fields)
-        promised = fields.get("promised")
-        if fields["type"] == "refused" and promised and promised[0] > attempt.shard.epoch:
-            self._heard.epoch_floor = max(self._heard.epoch_floor, promised[0])
+        try:
+            fields = decode_cbor(body)
+            attempt.on_answer(member, fields)
+            promised_epoch = refused_with(fields)
+        except (BusKVError, KeyError, TypeError, ValueError):
+            return
+        if promised_epoch >= attempt.shard.epoch:
+            # Also the own epoch: a primary that restarted after opening it never resumes it (R7).
+            self._heard.epoch_floor = max(self._heard.epoch_floor, promised_epoch)
             del self._attempts[attempt.shard.id]
         elif attempt.is_sealed and not sealed_before:
             self._drive_attempts()

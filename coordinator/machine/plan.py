@@ -61,7 +61,7 @@ def next_map(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]
             shards[id] = replace(shard, state=ShardState.ACTIVE, last_active=None, attempts=())
         elif needs_reconfigure(shard, heard):
             last_epoch += 1
-            shards[id] = reconfigured(shard, last_epoch, token())
+            shards[id] = reconfigured(old, shard, last_epoch, token())
     if shards == old.shards:
         return old
     last_epoch = max(old.last_epoch, *(s.epoch for s in shards.values()))
@@ -102,7 +102,8 @@ def _lay_out(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]
 def needs_reconfigure(shard: Shard, heard: Heard) -> bool:
     """Whether nobody will make this shard serve unless a new epoch begins."""
     if shard.state is not ShardState.ACTIVE:
-        return heard.running.get(shard.id) != (shard.epoch, shard.token)
+        is_driven = heard.running.get(shard.id) == (shard.epoch, shard.token)
+        return not is_driven or (shard.last_active is None and shard.primary in heard.silent)
     report = report_of(shard, heard)
     if report is None:
         return False
@@ -121,14 +122,23 @@ def report_of(shard: Shard, heard: Heard) -> ReplicaReport | None:
     return next((r for r in beat.shards if r.id == shard.id), None)
 
 
-def reconfigured(shard: Shard, epoch: int, token: str) -> Shard:
-    """Step 1 of a reconfiguration: the record under a new epoch, RECOVERING, with its past carried along."""
+def reconfigured(map: ShardMap, shard: Shard, epoch: int, token: str) -> Shard:
+    """Step 1 of a reconfiguration: the record under a new epoch, RECOVERING, with its past carried along.
+
+    A shard that never was ACTIVE has acknowledged nothing, so any node that is up may have it.
+    """
+    members, primary = shard.members, shard.primary
+    up = sorted(id for id, node in map.nodes.items() if node.state is NodeState.UP)
+    if shard.state is not ShardState.ACTIVE and shard.last_active is None and up:
+        primary = shard.primary if shard.primary in up else up[0]
+        members = (Member(primary, map.nodes[primary].incarnation),)
     if shard.state is ShardState.ACTIVE:
         last_active: Configuration | None = Configuration(shard.epoch, shard.token, shard.members)
         attempts: tuple[tuple[int, str], ...] = ()
     else:
         last_active, attempts = shard.last_active, (*shard.attempts, (shard.epoch, shard.token))
     return replace(
-        shard, epoch=epoch, token=token, state=ShardState.RECOVERING,
+        shard, epoch=epoch, token=token, members=members, primary=primary,
+        state=ShardState.RECOVERING,
         last_active=last_active, attempts=attempts,
     )  # fmt: skip

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bus_kv.errors import OutcomeUnknown
-from bus_kv.protocol.batch import APPLIED, Version
+from bus_kv.protocol.batch import APPLIED, GET, Version
 from bus_kv.protocol.entry import applied_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from bus_kv.knobs import Knobs
     from bus_kv.protocol.batch import Batch
 
 
@@ -56,9 +57,8 @@ class _Client:
 
 
 class DedupWindow:
-    def __init__(self, window_ms: int, clients_max: int) -> None:
-        self._window_ms = window_ms
-        self._clients_max = clients_max
+    def __init__(self, knobs: Knobs) -> None:
+        self._knobs = knobs
         self._clients: dict[str, _Client] = {}
         self._by_age: deque[tuple[str, Run]] = deque()
 
@@ -73,7 +73,7 @@ class DedupWindow:
             found = self._find(client, number, index)
             if found is not None:
                 seen[i] = found
-            elif number <= client.floor:
+            elif number <= client.floor and batch.kinds[i] != GET:
                 seen[i] = _expired(batch.client, number)
         return seen
 
@@ -97,15 +97,18 @@ class DedupWindow:
         client.newest = max(client.newest, last)
         client.span_max = max(client.span_max, last - first)
         self._by_age.append((client_id, run))
-        self._forget(run.time_ms - self._window_ms)
+        self._forget(run.time_ms - self._knobs.dedup_window_ms)
 
     def _forget(self, before_ms: int) -> None:
-        while self._by_age and self._by_age[0][1].time_ms < before_ms:
+        runs_max = self._knobs.dedup_runs_max
+        while self._by_age and (
+            self._by_age[0][1].time_ms < before_ms or len(self._by_age) > runs_max
+        ):
             client_id, run = self._by_age.popleft()
             client = self._clients[client_id]
             client.runs.remove(run)
             client.floor = max(client.floor, run.numbers[-1])
-        while len(self._clients) > self._clients_max:
+        while len(self._clients) > self._knobs.dedup_clients_max:
             idle = next((id for id, c in self._clients.items() if not c.runs), None)
             if idle is None:
                 return

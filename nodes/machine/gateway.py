@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.core.fate import Fate
 from bus_kv.errors import (
     BusKVError,
     Internal,
     KeyspaceUnknown,
     MalformedRequest,
     NoShard,
-    OutcomeUnknown,
     Overloaded,
     ShardUnavailable,
     ValueTooLarge,
@@ -55,8 +55,8 @@ class Call:
             self.answer(outcome)
 
 
-@dataclass(slots=True)
-class _Part:
+@dataclass
+class _Part(Fate):
     """The operations of a call that one shard owns, or a scan's page of it."""
 
     call: Call
@@ -64,12 +64,14 @@ class _Part:
     positions: list[int]
     batch: Batch | None
     shard: str = ""
-    unanswered: bool = False
-    """An earlier sending was given up without an answer: it may have been applied."""
     suspected: bool = False
     waits: bool = True
     """Not under way: it is sent when the map changes, or after a pause."""
     failure: BusKVError | None = None
+
+    @property
+    def is_read(self) -> bool:
+        return self.batch is None or self.batch.kinds.count(b.GET) == len(self.batch)
 
 
 class Gateway:
@@ -94,8 +96,7 @@ class Gateway:
             return answer(self._no_keyspace(request.keyspace))
         if request.consistency is None:
             request.consistency = keyspace.consistency
-        deadline_ns = now_ns + self._knobs.answer_within_ms * MILLISECOND_NS
-        call = Call(request, deadline_ns, answer)
+        call = Call(request, now_ns + self._node.answer_within_ns, answer)
         if isinstance(request, ScanRequest):
             call.missing = 1
             return self._route(_Part(call, request.keyspace, [0], None), now_ns)
@@ -126,9 +127,11 @@ class Gateway:
         outside = groups.pop(None, [])
         if batch.atomic and len(groups) + bool(outside) > 1:
             return call.finish(MalformedRequest("an atomic batch must lie within one shard"))
+        if batch.atomic and len(batch.encode()) > self._node.sizes.batch:
+            return call.finish(ValueTooLarge("the atomic batch does not fit into one log entry"))
         parts: list[_Part] = []
         for positions in groups.values():
-            pieces = split_batch(batch.select(positions), self._node.batch_bytes_max)
+            pieces = split_batch(batch.select(positions), self._node.sizes.batch)
             for piece in pieces:
                 own, positions = positions[: len(piece)], positions[len(piece) :]
                 parts.append(_Part(call, request.keyspace, own, piece))
@@ -168,8 +171,7 @@ class Gateway:
                 return self._split(part, groups, now_ns)
             shard = self._node.map.shard_of(part.keyspace, part.batch.keys[0])
             if shard is None:
-                bodies = [_no_shard().to_body()] * len(part.positions)
-                return self._finish_part(part.call, part.positions, bodies)
+                return self._fail_part(part, part.verdict(_no_shard()))
         part.shard = shard.id
         if shard.state is not ShardState.ACTIVE:
             part.failure = ShardUnavailable(f"shard {shard.id} is {shard.state}; send it again")
@@ -198,15 +200,14 @@ class Gateway:
 
     def _send(self, part: _Part, shard: Shard, now_ns: int) -> None:
         part.waits = False
-        replica = self._node.serving(shard.id)
-        if replica is not None and part.batch is not None:
+        here = self._node.serving(shard.id) is not None
+        if here and part.batch is not None:
+            deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
             raw = part.batch.encode()
-            return replica.submit(
-                part.batch, raw, shard.epoch, now_ns, partial(self._on_reply, part)
-            )
-        if replica is not None:
+            return self._node.submit(shard.id, part.batch, raw, shard.epoch, deadline_ns, respond)
+        if here:
             assert isinstance(part.call.request, ScanRequest)
-            page = replica.scan(part.call.request, shard.epoch, self._node.page_bytes_max)
+            page = self._node.scan(shard.id, part.call.request, shard.epoch)
             if isinstance(page, BusKVError):
                 return self._on_failure(part, page)
             return self._on_page(part, *page)
@@ -265,6 +266,8 @@ class Gateway:
         results = [
             result_of(part.batch, reply, i, part.shard, primary) for i in range(len(part.batch))
         ]
+        for i, body in reply.errors.items():
+            results[i] = part.verdict(from_body(body)).to_body()
         for i, outcome in enumerate(reply.outcomes):
             if outcome == b.UNANSWERED:
                 results[i] = _too_much().to_body()
@@ -292,13 +295,11 @@ class Gateway:
     def _on_failure(self, part: _Part, failure: BusKVError) -> None:
         """Route the part again if that can help and time is left, else tell the client."""
         now_ns = self._node.now_ns
-        part.unanswered = part.unanswered or not failure.definite
+        part.note(failure)
         part.failure = failure
         part.waits = True
-        if not failure.retriable:
-            return self._fail_part(part, failure)
-        if now_ns >= part.call.deadline_ns:
-            return self._fail_part(part, self._out_of_time(part))
+        if not failure.retriable or now_ns >= part.call.deadline_ns:
+            return self._fail_part(part, part.verdict(failure))
         if failure.refreshes_map:
             self._node.fetch_map()
         return self._pause(part, now_ns)
@@ -342,7 +343,10 @@ class Gateway:
             del self._parts[correlation]
         elif now_ns >= part.call.deadline_ns:
             del self._parts[correlation]
-            self._fail_part(part, self._out_of_time(part))
+            if not part.waits:
+                part.abandon()
+            silence = ShardUnavailable(f"shard {part.shard} does not answer; send it again")
+            self._fail_part(part, part.verdict(part.failure or silence))
         elif part.waits:
             del self._parts[correlation]
             self._route(part, now_ns)
@@ -352,22 +356,13 @@ class Gateway:
                 self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
             self._wake(correlation, part.call.deadline_ns, part)
 
-    def _out_of_time(self, part: _Part) -> BusKVError:
-        writes = part.batch is not None and part.batch.kinds.count(b.GET) < len(part.batch)
-        if writes and (part.unanswered or not part.waits):
-            return OutcomeUnknown(
-                f"shard {part.shard} has not answered; send it again with the same request_id"
-            )
-        return part.failure or ShardUnavailable(
-            f"shard {part.shard} does not answer; send it again"
-        )
-
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
         for correlation, part in list(self._parts.items()):
             if part.waits or part.suspected:
                 del self._parts[correlation]
-                part.unanswered = part.unanswered or not part.waits
+                if not part.waits:
+                    part.abandon()
                 self._route(part, now_ns)
 
 

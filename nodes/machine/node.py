@@ -29,8 +29,9 @@ from bus_kv.core.machine import (
     Subscribe,
 )  # fmt: skip
 from bus_kv.core.timers import Timers
-from bus_kv.errors import BusKVError, Overloaded, ShardUnavailable, ValueTooLarge
-from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs, batch_bytes_max, value_bytes_max
+from bus_kv.errors import BusKVError, NotPrimary, Overloaded, ShardUnavailable, ValueTooLarge
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
+from bus_kv.protocol.batch import GET, check_batch
 from bus_kv.protocol.codec import (
     Codec,
     codec_of,
@@ -46,6 +47,8 @@ from bus_kv.protocol.messages import (
     Run,
     failure_headers,
     heartbeat_from_wire,
+    record_from_wire,
+    seal_from_wire,
 )  # fmt: skip
 from bus_kv.protocol.requests import VERBS, InfoRequest, parse_request
 from bus_kv.protocol.shard_map import (
@@ -56,7 +59,9 @@ from bus_kv.protocol.shard_map import (
     from_document,
     shard_from_document,
 )  # fmt: skip
+from bus_kv.protocol.sizes import Sizes
 from nodes.machine import views
+from nodes.machine.fit import encode_fitting
 from nodes.machine.gateway import Gateway
 from nodes.machine.replica import Replica, Status
 from nodes.machine.shard_requests import ShardRequests
@@ -65,10 +70,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import Effect, Event
+    from bus_kv.protocol.batch import Batch
+    from bus_kv.protocol.requests import ScanRequest
     from bus_kv.subjects import Subjects
+    from nodes.machine.replica import Respond
 
 HELLO_WAIT_NS = 300 * MILLISECOND_NS
 """How long a starting node waits for another process to say that it has the same id."""
+FETCH_PAUSE_NS = 50 * MILLISECOND_NS
+"""The store is read at most this often, however many requests meet an old map."""
 ENDPOINTS = (*VERBS, "shard")
 
 
@@ -90,9 +100,8 @@ class NodeMachine:
         self.knobs = knobs
         self.map = ShardMap()
         self.now_ns = 0
-        self.value_bytes_max = value_bytes_max(config.max_payload_bytes)
-        self.batch_bytes_max = batch_bytes_max(config.max_payload_bytes)
-        self.page_bytes_max = self.batch_bytes_max // 2
+        self.sizes = Sizes(config.max_payload_bytes)
+        self.answer_within_ns = knobs.answer_within_ms * MILLISECOND_NS
         self.replicas: dict[str, Replica] = {}
         self.peers: dict[str, tuple[int, Heartbeat]] = {}
         """Newest heartbeat of each node, and when it came."""
@@ -101,7 +110,7 @@ class NodeMachine:
         """Shards that did not answer this node's last forward, and how."""
         self.stalled = ""
         """Why the log cannot take more at the moment."""
-        self._gateway = Gateway(self, f"{config.id}-{config.run[1]}")
+        self._gateway = Gateway(self, f"{config.run[1]}-g")
         self._shard_requests = ShardRequests(self)
         self._running = False
         self._effects: list[Effect] = []
@@ -114,9 +123,12 @@ class NodeMachine:
         self._ticket = 0
         self._correlation = 0
         self._timers = Timers()
-        self._fetch: int | None = None
+        self._fetch = 0
+        """Correlation of the question to the store that is open; 0 when none is."""
+        self._fetched_ns = 0
+        self._map_read = 0
         self._hello: int | None = None
-        self._map_waiters: list[Callable[[Stored], None]] = []
+        self._map_waiters: list[Callable[[dict[str, Any] | BusKVError], None]] = []
 
     # ---- start ----
 
@@ -127,7 +139,7 @@ class NodeMachine:
         return replica
 
     def _new_replica(self, shard: Shard) -> Replica:
-        replica = Replica(shard, self.config.id, self.knobs, self.batch_bytes_max)
+        replica = Replica(shard, self.config.id, self.knobs, self.sizes)
         self.replicas[shard.id] = replica
         return replica
 
@@ -158,8 +170,7 @@ class NodeMachine:
         """The bus was away: read the map again and say that this node is here."""
         self.now_ns = now_ns
         if self._running:
-            self._fetch = None
-            self.fetch_map()
+            self._begin_fetch()
             self._beat()
 
     @property
@@ -192,8 +203,9 @@ class NodeMachine:
             elif name == "heartbeat":
                 self._beat()
             elif name == "fetch":
-                self._fetch = None
-                self.fetch_map()
+                self._begin_fetch()
+            elif name == "map":
+                self._answer_map("no answer in time")
         self._gateway.on_deadline(now_ns)
         for replica in self.replicas.values():
             replica.on_deadline(now_ns)
@@ -250,14 +262,17 @@ class NodeMachine:
         self, endpoint: str, message: Received, codec: Codec, result: dict[str, Any] | BusKVError,
         since_ns: int,
     ) -> None:  # fmt: skip
-        """Answer a request in its codec and count it. What does not fit into one message becomes a failure."""
+        """Answer a request in its codec, as much as fits into one message, and count it."""
+        body = None
         if not isinstance(result, BusKVError):
-            body = encode_body(codec, result)
-            if len(body) <= self.config.max_payload_bytes - 512:
-                self._count(endpoint, since_ns, None)
-                return self._reply(message, body)
-            hint = "ask in CBOR" if codec is Codec.JSON else "ask for less at once"
-            result = ValueTooLarge(f"the reply is too big for one message; {hint}")
+            body = encode_fitting(codec, result, self.sizes.message)
+            if body is None:
+                hint = "ask in CBOR" if codec is Codec.JSON else "ask for less at once"
+                result = ValueTooLarge(f"the reply is too big for one message; {hint}")
+        if body is not None:
+            self._count(endpoint, since_ns, None)
+            return self._reply(message, body)
+        assert isinstance(result, BusKVError)
         self._count(endpoint, since_ns, result)
         return self._reply(message, encode_body(codec, result.to_body()), failure_headers(result))
 
@@ -280,19 +295,49 @@ class NodeMachine:
 
         try:
             codec, fields = decode_body(message.body)
-            request = parse_request(verb, fields, self.value_bytes_max)
+            request = parse_request(verb, fields, self.sizes)
         except BusKVError as error:
             return answer(error)
         if not isinstance(request, InfoRequest):
-            if self.stalled and views.writes(request):
-                return answer(self.stalled_failure())
             return self._gateway.start(request, self.now_ns, answer)
         if verb == "map" and not request.cached:
             return self._read_map(answer)
         return answer(views.info(verb, self))
 
-    def stalled_failure(self) -> BusKVError:
-        return ShardUnavailable(f"node {self.config.id} cannot write its log: {self.stalled}")
+    # ---- the way to the replicas, for the gateway and for requests on a shard's subject ----
+
+    def submit(
+        self, shard: str, batch: Batch, raw: bytes, epoch: int, deadline_ns: int, respond: Respond
+    ) -> None:
+        """Check a batch and hand it to the replica that serves its shard; `respond` is called by `deadline_ns`."""
+        try:
+            check_batch(batch, self.sizes)
+            replica = self._serving_or_raise(shard)
+            if len(raw) > self.sizes.batch:
+                raise ValueTooLarge(
+                    f"a batch has at most {self.sizes.batch} bytes; send less at once"
+                )
+            if self.stalled and batch.kinds.count(GET) < len(batch):
+                raise ShardUnavailable(
+                    f"node {self.config.id} cannot write its log: {self.stalled}"
+                )
+        except BusKVError as refusal:
+            return respond(refusal)
+        return replica.submit(batch, raw, epoch, self.now_ns, deadline_ns, respond)
+
+    def scan(
+        self, shard: str, request: ScanRequest, epoch: int
+    ) -> tuple[list[dict[str, Any]], bytes | None] | BusKVError:
+        try:
+            return self._serving_or_raise(shard).scan(request, epoch)
+        except BusKVError as refusal:
+            return refusal
+
+    def _serving_or_raise(self, shard: str) -> Replica:
+        replica = self.serving(shard)
+        if replica is None:
+            raise NotPrimary(f"shard {shard} is not served here; read the map")
+        return replica
 
     def overloaded(self, message: Received) -> Publish | None:
         """The answer to a message that found the inbox full."""
@@ -310,39 +355,54 @@ class NodeMachine:
         return replica if replica is not None and replica.status is Status.ACTIVE else None
 
     def fetch_map(self) -> None:
-        """Read the whole map from the store, unless that is under way or was just done."""
-        if self._fetch is None:
-            self._fetch = self.next_correlation()
-            self._effects.append(StoreGet(self._fetch, "map"))
-            timeout_ns = self.knobs.store_timeout_ms * MILLISECOND_NS
-            self._timers.start("fetch", self.now_ns + timeout_ns)
+        """Read the whole map from the store: soon, and not again before the answer or its timeout."""
+        if self._fetch or self._timers.runs("fetch"):
+            return
+        wait_ns = max(self._fetched_ns + FETCH_PAUSE_NS - self.now_ns, 0)
+        self._timers.start("fetch", self.now_ns + wait_ns)
+
+    def _begin_fetch(self) -> None:
+        """Ask the store; an earlier question that has no answer by now is forgotten."""
+        self._fetch = self.next_correlation()
+        self._fetched_ns = self.now_ns
+        self._effects.append(StoreGet(self._fetch, "map"))
+        timeout_ns = self.knobs.store_timeout_ms * MILLISECOND_NS
+        self._timers.start("fetch", self.now_ns + timeout_ns)
 
     def _read_map(self, answer: Callable[[dict[str, Any] | BusKVError], None]) -> None:
-        """`map`: from the store, not from a copy that may lag."""
-
-        def on_stored(stored: Stored) -> None:
-            if stored.failure is not None:
-                answer(ShardUnavailable(f"the map's store does not answer: {stored.failure}"))
-            else:
-                answer(self.map.public())
-
-        self._map_waiters.append(on_stored)
+        """`map`: from the store, not from a copy that may lag. Requests that come together share one read."""
+        if len(self._map_waiters) >= self.knobs.calls_max:
+            return answer(Overloaded("too many map requests under way; send it again"))
+        self._map_waiters.append(answer)
         if len(self._map_waiters) == 1:
-            self._effects.append(StoreGet(-1, "map"))
+            self._map_read = self.next_correlation()
+            self._effects.append(StoreGet(self._map_read, "map"))
+            self._timers.start("map", self.now_ns + self.answer_within_ns - 100 * MILLISECOND_NS)
+        return None
+
+    def _answer_map(self, failure: str | None) -> None:
+        waiters, self._map_waiters, self._map_read = self._map_waiters, [], 0
+        self._timers.stop("map")
+        result: dict[str, Any] | BusKVError = self.map.public()
+        if failure is not None:
+            result = ShardUnavailable(f"the map's store does not answer: {failure}")
+        for answer in waiters:
+            answer(result)
 
     def _on_stored(self, stored: Stored) -> None:
+        failure = stored.failure
         if stored.document is not None:
-            self._adopt(from_document(stored.document))
-        if stored.correlation == -1:
-            waiters, self._map_waiters = self._map_waiters, []
-            for waiter in waiters:
-                waiter(stored)
+            try:
+                self._adopt(from_document(stored.document))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                failure = f"the map in the store is not readable: {error!r}"
+        if stored.correlation == self._map_read:
+            self._answer_map(failure)
         elif stored.correlation == self._fetch:
-            self._fetch = None
+            self._fetch = 0
             self._timers.stop("fetch")
-            if stored.failure is not None:
+            if failure is not None:
                 self._timers.start("fetch", self.now_ns + SECOND_NS)
-                self._fetch = self.next_correlation()
 
     def _on_delta(self, message: Received) -> None:
         try:
@@ -365,23 +425,24 @@ class NodeMachine:
         self._gateway.on_map(self.now_ns)
 
     def _follow(self, replica: Replica, shard: Shard) -> None:
-        keyspace = self.map.keyspaces[shard.keyspace]
+        """Do what a record says: serve when it is the own attempt, stop when another configuration is active."""
+        keyspace = self.map.keyspaces.get(shard.keyspace)
+        if keyspace is None:
+            return self.fetch_map()
         replica.policy = keyspace.policy
         replica.members_for_all = min(keyspace.replication_factor, len(self.map.nodes))
         if shard.state is not ShardState.ACTIVE:
-            return
+            return None
         own = (shard.epoch, shard.token) == replica.promised and shard.primary == self.config.id
         if own and replica.status is Status.OPENED:
-            self._activate(replica, shard)
+            replica.activate(shard)
+            self._effects.append(Subscribe("shard", shard.id, True))
+            self._beat()
         elif shard.epoch > replica.shard.epoch and replica.status is Status.ACTIVE:
             self._stop_serving(replica)
             replica.status = Status.RESTARTED
             replica.fail_waiting("another configuration of the shard is active")
-
-    def _activate(self, replica: Replica, shard: Shard) -> None:
-        replica.activate(shard)
-        self._effects.append(Subscribe("shard", shard.id, True))
-        self._beat()
+        return None
 
     def _stop_serving(self, replica: Replica) -> None:
         if replica.status is Status.ACTIVE:
@@ -413,33 +474,27 @@ class NodeMachine:
 
     def _on_seal(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
         """Step 2: promise, durably, and report how far the log goes (R1)."""
-        replica = self.replicas.get(fields["shard"])
-        epoch, token = fields["epoch"], fields["token"]
-        if fields["incarnation"] != self.config.incarnation or replica is None:
+        seal = seal_from_wire(fields)
+        replica = self.replicas.get(seal.shard)
+        attempt = (seal.epoch, seal.token)
+        if seal.incarnation != self.config.incarnation or replica is None:
             return reply({"type": "refused", "reason": "this replica is not here"})
-        if (epoch, token) == replica.promised and epoch == replica.opened_epoch:
+        if attempt == replica.promised and seal.epoch == replica.opened_epoch:
             return None  # a late repeat: this attempt has gone on to its opening
-        if (epoch, token) != replica.promised and epoch <= replica.promised[0]:
-            return reply(
-                {"type": "refused", "reason": "promised more", "promised": replica.promised}
-            )
+        if attempt != replica.promised and seal.epoch <= replica.promised[0]:
+            return reply(_promised_more(replica))
         self._stop_serving(replica)
-        replica.promise(epoch, token)
-        self._persist(
-            replica,
-            lambda: reply(
-                {
-                    "type": "sealed", "shard": replica.shard.id, "epoch": epoch, "token": token,
-                    "incarnation": self.config.incarnation, "last": replica.last,
-                    "commit_seq": replica.commit_seq,
-                }
-            ),
-        )  # fmt: skip
-        return None
+        replica.promise(*attempt)
+        report = {
+            "type": "sealed", "shard": seal.shard, "epoch": seal.epoch, "token": seal.token,
+            "incarnation": self.config.incarnation, "last": replica.last,
+            "commit_seq": replica.commit_seq,
+        }  # fmt: skip
+        return self._persist(replica, lambda: reply(report))
 
     def _on_open(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
         """Step 3: begin the epoch as its primary."""
-        shard = shard_from_document(fields["record"])
+        shard = record_from_wire(fields)
         member = shard.member(self.config.id)
         if member is None or member.incarnation != self.config.incarnation:
             return reply({"type": "refused", "reason": "this replica is not here"})
@@ -453,13 +508,13 @@ class NodeMachine:
             return reply(opened)
         if attempt == replica.promised and replica.status is Status.OPENING:
             return None
-        if shard.epoch <= replica.opened_epoch or shard.epoch < replica.promised[0]:
-            return reply(
-                {"type": "refused", "reason": "promised more", "promised": replica.promised}
-            )
+        if shard.epoch <= replica.opened_epoch:
+            return reply(_promised_more(replica))
+        if attempt != replica.promised and shard.epoch <= replica.promised[0]:
+            return reply(_promised_more(replica))
+        self._stop_serving(replica)
         replica.open(shard, self.now_ns // 1_000_000)
-        self._persist(replica, lambda: self._after_open(replica, lambda: reply(opened)))
-        return None
+        return self._persist(replica, lambda: self._after_open(replica, lambda: reply(opened)))
 
     def _after_open(self, replica: Replica, tell: Callable[[], None]) -> None:
         tell()
@@ -471,12 +526,10 @@ class NodeMachine:
     def _on_active(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
         """Step 4, told directly: the record is ACTIVE."""
         del reply
-        shard = shard_from_document(fields["record"])
+        shard = record_from_wire(fields)
         replica = self.replicas.get(shard.id)
-        if replica is None or shard.state is not ShardState.ACTIVE:
-            return
-        if replica.status is Status.OPENED and (shard.epoch, shard.token) == replica.promised:
-            self._activate(replica, shard)
+        if replica is not None:
+            self._follow(replica, shard)
         self.fetch_map()
 
     def _persist(self, replica: Replica, then: Callable[[], None]) -> None:
@@ -501,14 +554,14 @@ class NodeMachine:
         config = self.config
         return Heartbeat(
             config.id, config.incarnation, config.run, zone=config.zone, weight=config.weight,
-            version=config.version, value_bytes_max=self.value_bytes_max,
+            version=config.version, value_bytes_max=self.sizes.value,
             map_version=self.map.map_version, shards=[*map(_report, self.replicas.values())],
         )  # fmt: skip
 
     def _on_heartbeat(self, message: Received) -> None:
         try:
             beat = heartbeat_from_wire(decode_body(message.body)[1])
-        except (BusKVError, KeyError, TypeError, ValueError):
+        except BusKVError:
             return
         if beat.node != self.config.id:
             self.peers[beat.node] = (self.now_ns, beat)
@@ -564,3 +617,7 @@ def _report(replica: Replica) -> ReplicaReport:
         replica.shard.id, *replica.promised, str(replica.status), replica.last, replica.commit_seq,
         len(table.records), table.data_bytes, replica.operations,
     )  # fmt: skip
+
+
+def _promised_more(replica: Replica) -> dict[str, Any]:
+    return {"type": "refused", "reason": "promised more", "promised": replica.promised}

@@ -28,10 +28,12 @@ from bus_kv.errors import (
     StaleEpoch,
     WrongShard,
 )  # fmt: skip
+from bus_kv.knobs import KEY_BYTES_MAX
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
-from bus_kv.protocol.entry import Entry, applied_count
+from bus_kv.protocol.entry import Entry, applied_count, decode_entry
 from bus_kv.protocol.shard_map import shard_to_document, token_of
+from bus_kv.protocol.sizes import OPERATION_BYTES, READ_BYTES, RESULT_BYTES
 from nodes.machine.dedup import DedupWindow, Run
 from nodes.machine.table import Record, Table, Writes
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from bus_kv.knobs import Knobs
     from bus_kv.protocol.requests import ScanRequest
     from bus_kv.protocol.shard_map import Shard
+    from bus_kv.protocol.sizes import Sizes
 
     Respond: TypeAlias = Callable[[BatchReply | BusKVError], None]
 
@@ -97,7 +100,7 @@ class _Decision:
 
 
 class Replica:
-    def __init__(self, shard: Shard, node: str, knobs: Knobs, entry_bytes_max: int) -> None:
+    def __init__(self, shard: Shard, node: str, knobs: Knobs, sizes: Sizes) -> None:
         self.shard = shard
         self.node = node
         self.status = Status.RESTARTED
@@ -114,8 +117,8 @@ class Replica:
         self.operations = 0
         """Operations answered since the start of the process."""
         self._knobs = knobs
-        self._entry_bytes_max = entry_bytes_max
-        self._dedup = DedupWindow(knobs.dedup_window_ms, knobs.dedup_clients_max)
+        self._sizes = sizes
+        self._dedup = DedupWindow(knobs)
         self._waiting: deque[_Waiting] = deque()
         self._tail_bytes = 0
 
@@ -126,9 +129,16 @@ class Replica:
         self.promised = (row.promised_epoch, row.promised_token)
         self.opened_epoch = row.opened_epoch
 
-    def replay(self, entry: Entry) -> None:
-        """Apply an entry read from the log at start. All of it is committed: a shard's only member is its majority."""
-        assert entry.previous == self.last, f"log of {self.shard.id} has a gap before {entry.first}"
+    def replay(self, row: EntryRow) -> None:
+        """Apply an entry read from the log at start. All of it is committed: a shard's only member is its majority.
+
+        Raises ValueError when it is not the one that follows.
+        """
+        entry = decode_entry(row.body)
+        if (entry.shard, entry.epoch, entry.last) != (row.shard, row.epoch, row.last):
+            raise ValueError(f"entry {row.last} of shard {row.shard} is another one")
+        if entry.previous != self.last:
+            raise ValueError(f"the log of shard {row.shard} has a gap before {entry.first}")
         seq = entry.first
         for outcomes, batch in entry.decoded():
             writes = _logged_writes(batch, outcomes, entry.epoch, seq, entry.time_ms)
@@ -155,7 +165,9 @@ class Replica:
     def open(self, shard: Shard, time_ms: int) -> None:
         """Begin `shard.epoch` as its primary with an opening entry; at most once per epoch (step 3, R7)."""
         assert shard.epoch > self.opened_epoch, "R7: an epoch is opened once"
-        assert self.promised[0] <= shard.epoch, "R1: a lower epoch is refused"
+        attempt = (shard.epoch, shard.token)
+        assert attempt == self.promised or shard.epoch > self.promised[0], "R1: promises only grow"
+        self.fail_waiting("the shard is changing its configuration")
         self.shard = shard
         self.promised = (shard.epoch, shard.token)
         self.opened_epoch = shard.epoch
@@ -177,33 +189,47 @@ class Replica:
 
     # ---- writes and reads ----
 
-    def submit(self, batch: Batch, raw: bytes, epoch: int, now_ns: int, respond: Respond) -> None:
-        """Answer a checked batch: a batch of gets now, any other once what it was judged against is committed."""
-        refusal = self._refusal(batch, epoch)
+    def submit(
+        self, batch: Batch, raw: bytes, epoch: int, now_ns: int, deadline_ns: int, respond: Respond
+    ) -> None:
+        """Answer a checked batch: a batch of gets now, any other once what it was judged against is committed.
+
+        An answer that cannot be given by `deadline_ns` is OUTCOME_UNKNOWN.
+        """
+        reads = batch.kinds.count(b.GET) == len(batch)
+        refusal = self._refusal(batch, epoch) or (None if reads else self._overload())
         if refusal is not None:
             return respond(refusal)
         self.operations += len(batch)
-        if batch.kinds.count(b.GET) == len(batch):
+        if reads:
             return respond(self._read(batch))
         decision = self._decide(batch, max(self.time_ms, now_ns // 1_000_000))
         if decision.writes:
             self._accept(batch, raw, decision)
-        self._answer_at_end(decision.reply, now_ns, respond)
+        if batch.consistency == "all" and len(self.shard.members) < self.members_for_all:
+            self._tell_all_not_met(decision.reply)
+        return self._answer_at_end(decision.reply, deadline_ns, respond)
 
     def _refusal(self, batch: Batch, epoch: int) -> BusKVError | None:
-        if self.status is not Status.ACTIVE:
-            return NotPrimary(
-                f"node {self.node} does not serve shard {self.shard.id}; read the map"
-            )
-        if epoch != self.shard.epoch:
-            return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
+        refusal = self._not_serving(epoch)
+        if refusal is not None:
+            return refusal
         tokens = batch.keys
         if self.policy != "range":
             tokens = [token_of(self.policy, key) for key in batch.keys]
         end = self.shard.end
         if min(tokens) < self.shard.start or (end is not None and max(tokens) >= end):
             return WrongShard(f"a key lies outside shard {self.shard.id}; read the map")
-        return self._overload()
+        return None
+
+    def _not_serving(self, epoch: int) -> BusKVError | None:
+        if self.status is not Status.ACTIVE:
+            return NotPrimary(
+                f"node {self.node} does not serve shard {self.shard.id}; read the map"
+            )
+        if epoch != self.shard.epoch:
+            return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
+        return None
 
     def _overload(self) -> BusKVError | None:
         """The bounds of what waits for the log."""
@@ -221,7 +247,7 @@ class Replica:
 
     def _read(self, batch: Batch) -> BatchReply:
         records = [*map(self.table.records.get, batch.keys)]
-        reply = _read_reply(records, self._entry_bytes_max)
+        reply = _read_reply(records, self._sizes.entry)
         if batch.consistency == "one":
             reply.read = (self.shard.epoch, self.commit_seq, 0)
         return reply
@@ -265,8 +291,6 @@ class Replica:
         segment.last = self.last[1] + applied_count(decision.outcomes)
         self.last = (segment.epoch, segment.last)
         self._remember(batch, decision.outcomes, segment.epoch, first, segment.time_ms)
-        if batch.consistency == "all" and len(self.shard.members) < self.members_for_all:
-            self._tell_all_not_met(decision.reply)
 
     def _open_segment(self, more_bytes: int) -> Segment:
         segment = self.tail[-1] if self.tail else None
@@ -275,7 +299,7 @@ class Replica:
             or segment.appended
             or segment.record is not None
             or segment.time_ms != self.time_ms
-            or segment.batch_bytes + more_bytes > self._entry_bytes_max
+            or segment.batch_bytes + more_bytes > self._sizes.entry
         ):
             segment = Segment(self.shard.epoch, self.last[1] + 1, self.last, self.time_ms)
             self.tail.append(segment)
@@ -297,24 +321,20 @@ class Replica:
                 failure = ConsistencyNotMet(message, met="quorum", version=list(version))
                 reply.errors[i] = failure.to_body()
 
-    def _answer_at_end(self, reply: BatchReply, now_ns: int, respond: Respond) -> None:
+    def _answer_at_end(self, reply: BatchReply, deadline_ns: int, respond: Respond) -> None:
         if self.last[1] <= self.commit_seq:
             return respond(reply)
-        deadline_ns = now_ns + self._knobs.answer_within_ms * 1_000_000
         self._waiting.append(_Waiting(self.last[1], deadline_ns, respond, reply))
 
     def scan(
-        self, request: ScanRequest, epoch: int, page_bytes_max: int
+        self, request: ScanRequest, epoch: int
     ) -> tuple[list[dict[str, Any]], bytes | None] | BusKVError:
         """One page of the shard's part of the range: its items and where the next page begins."""
-        if self.status is not Status.ACTIVE:
-            return NotPrimary(
-                f"node {self.node} does not serve shard {self.shard.id}; read the map"
-            )
-        if epoch != self.shard.epoch:
-            return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
+        refusal = self._not_serving(epoch)
+        if refusal is not None:
+            return refusal
         self.operations += 1
-        keys, position = self.table.scan(request, page_bytes_max)
+        keys, position = self.table.scan(request, self._sizes.page)
         items: list[dict[str, Any]] = []
         for key in keys:
             value, *version, _ = self.table.records[key]
@@ -329,16 +349,20 @@ class Replica:
         """Write the expirations that are due as log operations (R5)."""
         if self.status is not Status.ACTIVE:
             return
-        due = self.table.pop_expired(time_ms, self._knobs.expire_batch_operations_max)
+        count_max = min(
+            self._knobs.expire_batch_operations_max,
+            self._sizes.batch // (KEY_BYTES_MAX + OPERATION_BYTES),
+        )
+        time_ms = max(time_ms, self.time_ms)
         keys, versions = [], []
-        for key in due:
+        for key in self.table.pop_expired(time_ms, count_max):
             record = self.latest(key)
             if record is not None and record == self.table.records.get(key):
                 keys.append(key)
                 versions.append((record[1], record[2]))
         if not keys:
             return
-        self.time_ms = max(self.time_ms, time_ms)
+        self.time_ms = time_ms
         batch = Batch(bytes([b.EXPIRE]) * len(keys), keys, conditions=dict(enumerate(versions)))
         outcomes = bytes([b.DELETED]) * len(keys)
         reply = BatchReply(outcomes, self.shard.epoch, self.last[1] + 1)
@@ -382,14 +406,20 @@ class Replica:
         return min(deadlines, default=None)
 
     @property
+    def reply_bytes_max(self) -> int:
+        return self._sizes.entry
+
+    @property
     def is_waiting(self) -> bool:
         """Whether an answer waits for the log."""
         return bool(self._waiting)
 
     def on_deadline(self, now_ns: int) -> None:
-        while self._waiting and self._waiting[0].deadline_ns <= now_ns:
-            waiting = self._waiting.popleft()
-            waiting.respond(OutcomeUnknown("the write is not durable yet; send it again to learn"))
+        if self._waiting and self._waiting[0].deadline_ns <= now_ns:
+            late = [w for w in self._waiting if w.deadline_ns <= now_ns]
+            self._waiting = deque(w for w in self._waiting if w.deadline_ns > now_ns)
+            for waiting in late:
+                waiting.respond(OutcomeUnknown("the write is not durable yet; send it again"))
         self.expire(now_ns // 1_000_000)
 
     def fail_waiting(self, reason: str) -> None:
@@ -496,10 +526,13 @@ class _Judge:
         self.reply.seqs = [0] * count
 
     def _add_values(self) -> None:
-        if self.records:
-            found = [self.records.get(i) for i in range(len(self.batch))]
-            self.reply.values = [None if r is None else r[0] for r in found]
-            self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
+        """What the gets found, as much as fits beside the results of the writes."""
+        if not self.records:
+            return
+        found = [self.records.get(i) for i in range(len(self.batch))]
+        self.reply.values = [None if r is None else r[0] for r in found]
+        self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
+        _fit(self.reply, self.replica.reply_bytes_max - RESULT_BYTES * len(self.batch))
 
 
 def _put_record(batch: Batch, i: int, epoch: int, seq: int, time_ms: int) -> Record:
@@ -522,23 +555,36 @@ def _logged_writes(batch: Batch, outcomes: bytes, epoch: int, seq: int, time_ms:
 
 
 def _read_reply(records: list[Record | None], bytes_max: int) -> BatchReply:
-    """Answer gets, as many as fit into one message; the rest is UNANSWERED."""
-    values = [None if r is None else r[0] for r in records]
-    outcomes = bytes([b.MISSING if r is None else b.FOUND for r in records])
-    epochs = [0 if r is None else r[1] for r in records]
-    seqs = [0 if r is None else r[2] for r in records]
-    expires_at = {i: r[3] for i, r in enumerate(records) if r is not None and r[3] is not None}
-    if sum([len(v) for v in values if v is not None]) > bytes_max:
-        outcomes = _cut(outcomes, values, bytes_max)
-    epoch = epochs[0] if epochs.count(epochs[0]) == len(epochs) else epochs
-    return BatchReply(outcomes, epoch, seqs, values, expires_at)
+    """Answer gets, as many as fit into one message; the rest is UNANSWERED. The first always fits."""
+    reply = BatchReply(
+        outcomes=bytes([b.MISSING if r is None else b.FOUND for r in records]),
+        epochs=[0 if r is None else r[1] for r in records],
+        seqs=[0 if r is None else r[2] for r in records],
+        values=[None if r is None else r[0] for r in records],
+        expires_at={i: r[3] for i, r in enumerate(records) if r is not None and r[3] is not None},
+    )
+    _fit(reply, bytes_max, keep=1)
+    assert isinstance(reply.epochs, list)
+    if reply.epochs.count(reply.epochs[0]) == len(reply.epochs):
+        reply.epochs = reply.epochs[0]
+    return reply
 
 
-def _cut(outcomes: bytes, values: list[bytes | None], bytes_max: int) -> bytes:
-    room = bytes_max
-    marked = bytearray(outcomes)
+def _fit(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:
+    """Leave values out of a reply until it fits; the first `keep` operations stay as they are."""
+    values, epochs, seqs = reply.values, reply.epochs, reply.seqs
+    assert isinstance(values, list)
+    assert isinstance(epochs, list)
+    assert isinstance(seqs, list)
+    room = bytes_max - READ_BYTES * len(values)
+    if sum([len(v) for v in values if v is not None]) <= room:
+        return
+    outcomes = bytearray(reply.outcomes)
     for i, value in enumerate(values):
         room -= len(value or b"")
-        if room < 0 and i:
-            marked[i], values[i] = b.UNANSWERED, None
-    return bytes(marked)
+        if room < 0 and value is not None and i >= keep:
+            outcomes[i] = b.UNANSWERED
+            values[i], epochs[i], seqs[i] = None, 0, 0
+            room += len(value) + READ_BYTES
+            reply.expires_at.pop(i, None)
+    reply.outcomes = bytes(outcomes)

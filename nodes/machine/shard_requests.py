@@ -10,9 +10,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.errors import BusKVError, MalformedRequest, NotPrimary, ValueTooLarge
-from bus_kv.protocol import batch as b
-from bus_kv.protocol.batch import Batch, BatchReply, check_batch, decode_batch
+from bus_kv.errors import BusKVError, MalformedRequest
+from bus_kv.protocol.batch import Batch, BatchReply, decode_batch
 from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
 from bus_kv.protocol.requests import (
     parse_operations,
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from bus_kv.core.machine import Received
     from nodes.machine.node import NodeMachine
-    from nodes.machine.replica import Replica
 
     Answer: TypeAlias = Callable[[dict[str, Any] | BusKVError], None]
 
@@ -53,18 +51,22 @@ class ShardRequests:
 
     def _dispatch(self, message: Received, answer: Answer) -> None:
         fields = self._fields(message.body)
-        replica = self._node.serving(message.name)
-        if replica is None:
-            raise NotPrimary(f"shard {message.name} is not served here; read the map")
-        epoch = fields["epoch"]
+        shard, epoch, node = message.name, fields["epoch"], self._node
+        deadline_ns = node.now_ns + node.answer_within_ns
         if "scan" in fields:
-            page = replica.scan(parse_shard_scan(fields["scan"]), epoch, self._node.page_bytes_max)
+            page = node.scan(shard, parse_shard_scan(fields["scan"]), epoch)
             if isinstance(page, BusKVError):
                 return answer(page)
             return answer({"items": page[0], "next": page[1]})
         if "batch" in fields:
-            return self._submit_batch(replica, fields["batch"], epoch, answer)
-        return self._submit_operations(replica, fields, answer)
+            raw = fields["batch"]
+            if type(raw) is not bytes:
+                raise MalformedRequest("batch is not a byte string")
+            respond = partial(_answer_batch, answer)
+            return node.submit(shard, decode_batch(raw), raw, epoch, deadline_ns, respond)
+        batch = self._operations(fields)
+        respond = partial(self._answer_operations, batch, shard, answer)
+        return node.submit(shard, batch, batch.encode(), epoch, deadline_ns, respond)
 
     def _fields(self, body: bytes) -> dict[str, Any]:
         """Decode one request; the columnar form is left alone, since its bytes are what the log keeps."""
@@ -80,41 +82,20 @@ class ShardRequests:
             raise MalformedRequest("a shard request needs one of ops, batch, scan")
         return fields
 
-    def _submit_batch(self, replica: Replica, raw: Any, epoch: int, answer: Answer) -> None:
-        if type(raw) is not bytes:
-            raise MalformedRequest("batch is not a byte string")
-        if len(raw) > self._node.batch_bytes_max:
-            raise ValueTooLarge(f"a batch has at most {self._node.batch_bytes_max} bytes; split it")
-        batch = decode_batch(raw)
-        check_batch(batch, self._node.value_bytes_max)
-        self._refuse_while_stalled(batch)
-        respond = partial(_answer_batch, answer)
-        replica.submit(batch, raw, epoch, self._node.now_ns, respond)
-
-    def _refuse_while_stalled(self, batch: Batch) -> None:
-        if self._node.stalled and batch.kinds.count(b.GET) < len(batch):
-            raise self._node.stalled_failure()
-
-    def _submit_operations(self, replica: Replica, fields: dict[str, Any], answer: Answer) -> None:
+    def _operations(self, fields: dict[str, Any]) -> Batch:
         batch = parse_operations(fields["ops"])
         batch.consistency = fields.get("consistency", "quorum")
         batch.atomic = fields.get("atomic", False)
-        client, number = self._request_id(fields)
-        batch.client, batch.numbers = client, [number] * len(batch)
+        batch.client, number = self._request_id(fields)
+        batch.numbers = [number] * len(batch)
         batch.indexes = list(range(len(batch)))
-        check_batch(batch, self._node.value_bytes_max)
-        self._refuse_while_stalled(batch)
-        raw = batch.encode()
-        if len(raw) > self._node.batch_bytes_max:
-            raise ValueTooLarge("the operations do not fit into one log entry; send fewer at once")
-        respond = partial(self._answer_operations, batch, replica.shard.id, answer)
-        replica.submit(batch, raw, fields["epoch"], self._node.now_ns, respond)
+        return batch
 
     def _request_id(self, fields: dict[str, Any]) -> tuple[str, int]:
         if "request_id" in fields:
             return parse_request_id(fields["request_id"])
         self._number += 1
-        return f"{self._node.config.id}-{self._node.config.run[1]}-s", self._number
+        return f"{self._node.config.run[1]}-s", self._number
 
     def _answer_operations(
         self, batch: Batch, shard: str, answer: Answer, reply: BatchReply | BusKVError

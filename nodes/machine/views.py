@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.protocol import batch as b
-from bus_kv.protocol.requests import DataRequest
 from bus_kv.protocol.shard_map import NodeState, ShardState
 
 if TYPE_CHECKING:
     from bus_kv.protocol.messages import Heartbeat, ReplicaReport
-    from bus_kv.protocol.requests import Request
     from bus_kv.protocol.shard_map import Shard
     from nodes.machine.node import NodeMachine
-
-
-def writes(request: Request) -> bool:
-    """Whether a request may append to a log."""
-    batch = request.batch if isinstance(request, DataRequest) else None
-    return batch is not None and batch.kinds.count(b.GET) < len(batch)
 
 
 def info(verb: str, node: NodeMachine) -> dict[str, Any]:
@@ -42,7 +33,7 @@ def _health(node: NodeMachine) -> dict[str, Any]:
         "map_version": node.map.map_version,
         "shards": len(node.map.shards),
         "nodes": len(node.map.nodes),
-        "value_bytes_max": node.value_bytes_max,
+        "value_bytes_max": node.sizes.value,
     }
 
 

@@ -157,19 +157,20 @@ async def test_a_file_that_holds_no_operations_is_told(bus_kv: Command):
 
 
 async def test_status_shards_and_nodes(bus_kv: Command):
-    status = (await bus_kv("status", "--json")).document()
+    commands = ("status",), ("shards", "list"), ("nodes", "list")
+    documents = await asyncio.gather(*(bus_kv(*words, "--json") for words in commands))
+    status, shards, nodes = (ran.document() for ran in documents)
     assert status["health"]["status"] == "ok"
     assert status["stats"]["total_nodes"] == 3
-    (shard,) = (await bus_kv("shards", "list", "--json")).document()["shards"]
+    (shard,) = shards["shards"]
     assert shard.items() >= {"id": "s1", "start": "", "end": None, "state": "active"}.items()
     assert {"keys", "bytes", "load", "epoch", "primary", "members", "learners"} <= shard.keys()
-    nodes = (await bus_kv("nodes", "list", "--json")).document()["nodes"]
-    assert [(node["id"], node["state"]) for node in nodes] == [
+    assert [(node["id"], node["state"]) for node in nodes["nodes"]] == [
         *(("n1", "up"), ("n2", "up"), ("n3", "up")),
     ]
-    for table, word in ((("status",), "ok"), (("shards", "list"), "s1"), (("nodes", "list"), "n3")):
-        ran = await bus_kv(*table)
-        assert (ran.code, ran.err) == (0, "")
+    tables = await asyncio.gather(*(bus_kv(*words) for words in commands))
+    assert [(ran.code, ran.err) for ran in tables] == [(0, "")] * 3
+    for ran, word in zip(tables, ("ok", "s1", "n3"), strict=True):
         assert word in ran.text
 
 
@@ -177,10 +178,12 @@ async def test_options_come_from_flags_environment_and_file(cluster: LocalCluste
     url = cluster.connection.servers[0]
     config = tmp_path / "bus_kv.toml"
     config.write_text(f'nats = ["{url}"]\nroot = "{ROOT}"\n')
-    flags = await run_module("bus_kv", "status", "--nats", url, "--root", ROOT)
-    env = await run_module("bus_kv", "status", env={"BUS_KV_NATS": url, "BUS_KV_ROOT": ROOT})
-    file = await run_module("bus_kv", "status", "--config", str(config))
-    assert [ran.code for ran in (flags, env, file)] == [0, 0, 0]
+    rans = await asyncio.gather(
+        run_module("bus_kv", "status", "--nats", url, "--root", ROOT),
+        run_module("bus_kv", "status", env={"BUS_KV_NATS": url, "BUS_KV_ROOT": ROOT}),
+        run_module("bus_kv", "status", "--config", str(config)),
+    )
+    assert [ran.code for ran in rans] == [0, 0, 0]
 
 
 # ---- failures ----
@@ -233,10 +236,11 @@ async def test_wrong_usage_is_exit_code_2():
 
 
 async def test_failures_of_the_cluster_have_their_code(bus_kv: Command):
-    unknown = await bus_kv("get", "a", "--keyspace", "other")
+    unknown, missing = await asyncio.gather(
+        bus_kv("get", "a", "--keyspace", "other"), bus_kv("batch", "no-such-file")
+    )
     assert unknown.code == 1
     assert unknown.err.startswith("bus-kv: KEYSPACE_UNKNOWN: ")
-    missing = await bus_kv("batch", "no-such-file")
     assert missing.code == 1
     assert missing.err.startswith("bus-kv: FILE: ")
 

@@ -9,9 +9,7 @@ from tests.support.command import run_module
 
 @pytest.mark.usefixtures("nats_binary")
 async def test_the_demo_proves_that_nothing_is_lost(tmp_path: Path):
-    ran = await run_module(
-        "bus_kv.cli.demo", "--characters", "20000", env={"TMPDIR": str(tmp_path)}
-    )
+    ran = await run_module("bus_kv.cli.demo", "--characters", "8000", env={"TMPDIR": str(tmp_path)})
     assert ran.code == 0, ran.err
     assert "Everything is as it must be" in ran.text
     assert "killed after" in ran.text

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from bus_kv.knobs import Knobs
 from nodes.machine.dedup import DedupWindow
 from nodes.machine.replica import Replica
 from tests.simulator.__main__ import run_many
@@ -46,7 +47,7 @@ def _digest_in_a_process_of_its_own(seed: int, hash_seed: str) -> str:
 def ack_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer leaves while the log is still on its way to the disk."""
 
-    def answer(self: Replica, reply: BatchReply, now_ns: int, respond: Callable) -> None:
+    def answer(self: Replica, reply: BatchReply, deadline_ns: int, respond: Callable) -> None:
         respond(reply)
 
     monkeypatch.setattr(Replica, "_answer_at_end", answer)
@@ -58,7 +59,7 @@ def dedup_lost_at_restart(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forgetful(self: Replica, entry: object) -> None:
         replay(self, entry)  # type: ignore[arg-type]
-        self._dedup = DedupWindow(3_600_000, 1000)
+        self._dedup = DedupWindow(Knobs())
 
     monkeypatch.setattr(Replica, "replay", forgetful)
 

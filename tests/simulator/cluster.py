@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.client.session import Session
 from bus_kv.knobs import Knobs
-from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.shard_map import from_document
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
@@ -109,7 +108,7 @@ class Cluster:
         for row in disk.replicas.values():
             replica = machine.restore(row)
             for entry in disk.entries.get(row.shard, []):
-                replica.replay(decode_entry(entry.body))
+                replica.replay(entry)
         process.begin(machine)
         process.refuse = machine.overloaded
         life = process.life

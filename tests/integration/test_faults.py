@@ -1,0 +1,142 @@
+"""What a client is told while a node is dead, frozen or has too much to do, and that repeating is safe."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import Bus, Cluster, Reply, assert_failure, cluster_on, unique
+
+ANSWER_S = 2.5
+"""A node answers within 1.5 s whatever the primary does; the rest is for a slow machine."""
+
+
+@pytest.fixture
+async def cluster(nats_url: str, tmp_path: Path) -> AsyncIterator[Cluster]:
+    """Shard s1 is on n1 alone; n2 and n3 are there to be asked."""
+    async with cluster_on(nats_url, tmp_path, nodes=3) as cluster:
+        yield cluster
+
+
+async def answers(bus: Bus, subject: str, *bodies: dict[str, object]) -> list[Reply]:
+    """Ask all at once; the replies in time, for a node that is frozen gives none."""
+    asked = [bus.ask(subject, timeout_s=ANSWER_S, **body) for body in bodies]
+    replies = await asyncio.gather(*asked, return_exceptions=True)
+    return [r for r in replies if isinstance(r, Reply)]
+
+
+async def test_without_its_only_member_a_shard_is_unavailable(cluster: Cluster) -> None:
+    await cluster.bus.ok("put", key="a", value="1")
+    cluster.kill("n1")
+    puts = await answers(cluster.bus, "put", *[{"key": "a", "value": "2"}] * 3)
+    others = [*await answers(cluster.bus, "get", {"key": "a"}), *await answers(cluster.bus, "scan", {})]
+    assert (len(puts), len(others)) == (3, 2)
+    for reply in (*puts, *others):
+        assert_failure(reply, "SHARD_UNAVAILABLE", 503, retry=True, says="s1")
+    cluster.restart("n1")
+    assert (await cluster.until_ok("get", key="a"))["value"] == "1"
+
+
+async def test_a_batch_tells_for_each_operation_that_its_shard_is_gone(cluster: Cluster) -> None:
+    cluster.kill("n1")
+    ops = [{"op": "put", "key": "a", "value": "1"}, {"op": "get", "key": "a"}]
+    results = (await cluster.bus.ask("batch", ops=ops)).fields["results"]
+    assert [r["code"] for r in results] == ["SHARD_UNAVAILABLE"] * 2
+
+
+async def test_health_tells_of_a_dead_primary(cluster: Cluster) -> None:
+    cluster.kill("n1")
+    async with asyncio.timeout(15):
+        while (health := await cluster.bus.ok("health"))["status"] == "ok":
+            await asyncio.sleep(0.05)
+    assert health["status"] == "degraded"
+    assert any("n1" in reason for reason in health["reasons"])
+    nodes = {n["id"]: n["state"] for n in (await cluster.bus.ok("map"))["nodes"]}
+    assert nodes["n1"] == "down"
+    cluster.restart("n1")
+    await cluster.wait_healthy()
+
+
+async def test_a_write_that_a_frozen_primary_may_have_is_of_unknown_outcome(
+    cluster: Cluster,
+) -> None:
+    suspicions = await cluster.bus.client.subscribe(f"{cluster.root}.event.suspect.n1")
+    cluster.pause("n1")
+    client = unique("client")
+    puts = [
+        {"key": f"a{i}", "value": str(i), "request_id": f"{client}:{i}"} for i in range(12)
+    ]
+    replies = await answers(cluster.bus, "put", *puts)
+    assert replies
+    for reply in replies:
+        assert_failure(reply, "OUTCOME_UNKNOWN", 504, retry=True, says="same request_id")
+    for reply in await answers(cluster.bus, "get", *[{"key": "a0"}] * 3):
+        assert_failure(reply, "SHARD_UNAVAILABLE", 503, retry=True)
+    assert json.loads((await suspicions.next_msg(1)).data)["shard"] == "s1"
+    cluster.resume("n1")
+    versions = [(await cluster.until_ok("put", **put))["version"] for put in puts]
+    again = [(await cluster.until_ok("put", **put))["version"] for put in puts]
+    assert again == versions
+    seqs = [version[1] for version in versions]
+    assert sorted(seqs) == list(range(min(seqs), min(seqs) + 12)), "a repeat was written twice"
+
+
+async def test_more_forwards_than_a_node_may_have_are_refused_at_once(
+    nats_url: str, tmp_path: Path
+) -> None:
+    async with cluster_on(nats_url, tmp_path, nodes=2, calls_max=2) as cluster:
+        cluster.pause("n1")
+        replies = await answers(cluster.bus, "put", *[{"key": "a", "value": "1"}] * 30)
+        codes = [r.code for r in replies]
+        assert codes.count("OUTCOME_UNKNOWN") == 2
+        refused = [r for r in replies if r.code != "OUTCOME_UNKNOWN"]
+        assert refused
+        for reply in refused:
+            assert_failure(reply, "OVERLOADED", 429, retry=True, says="send it again")
+        # They came first: nobody is kept waiting to be told to come back.
+        assert await _first_code(cluster.bus) == "OVERLOADED"
+        cluster.resume("n1")
+
+
+async def _first_code(bus: Bus) -> str | None:
+    """Of many requests at once, the failure that arrives first."""
+    asked = [
+        asyncio.create_task(bus.ask("put", key="a", value="1", timeout_s=ANSWER_S))
+        for _ in range(30)
+    ]
+    done, waiting = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    return done.pop().result().code
+
+
+async def test_a_full_inbox_refuses_and_loses_nothing_it_acknowledged(
+    nats_url: str, tmp_path: Path
+) -> None:
+    async with cluster_on(nats_url, tmp_path, nodes=1, inbox_messages_max=4) as cluster:
+        bodies = [{"key": f"a{i}", "value": str(i)} for i in range(500)]
+        replies = await answers(cluster.bus, "put", *bodies)
+        assert len(replies) == 500
+        for reply in replies:
+            if reply.code is not None:
+                assert_failure(reply, "OVERLOADED", 429, retry=True, says="inbox")
+        for i, reply in enumerate(replies):
+            entry = await cluster.bus.ok("get", key=f"a{i}")
+            assert entry.get("version") == reply.fields.get("version")
+
+
+async def test_a_full_tail_refuses(nats_url: str, tmp_path: Path) -> None:
+    async with cluster_on(nats_url, tmp_path, nodes=1, tail_operations_max=10) as cluster:
+        epoch = (await cluster.shard())["epoch"]
+        ops = [{"op": "put", "key": f"a{i}", "value": "1"} for i in range(200)]
+        bodies = [{"epoch": epoch, "ops": ops}] * 40
+        replies = await answers(cluster.bus, "shard.s1.request", *bodies)
+        assert len(replies) == 40
+        refused = [r for r in replies if r.code is not None]
+        assert refused
+        assert len(refused) < 40
+        for reply in refused:
+            assert_failure(reply, "OVERLOADED", 429, retry=True, says="s1")

@@ -1,0 +1,133 @@
+"""Decoded bodies become requests; what a node answers on a subject of a shard that it does not serve."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bus_kv.core.machine import Publish, Received
+from bus_kv.errors import BusKVError, MalformedRequest, UnknownVerb, ValueTooLarge
+from bus_kv.knobs import CLIENT_CHARS_MAX, NUMBER_MAX, Knobs
+from bus_kv.protocol.batch import DELETE, GET, PUT
+from bus_kv.protocol.codec import decode_cbor, encode_cbor
+from bus_kv.protocol.requests import (
+    DataRequest, ScanRequest, make_cursor, parse_request, parse_request_id, prefix_end,
+)  # fmt: skip
+from bus_kv.subjects import Subjects
+from nodes.machine.node import NodeConfig, NodeMachine
+
+VALUE_BYTES_MAX = 100
+KEYS = st.binary(min_size=1, max_size=8)
+
+
+def parse(verb: str, **fields: Any) -> Any:
+    return parse_request(verb, fields, VALUE_BYTES_MAX)
+
+
+def test_a_put_has_its_condition_and_lifetime() -> None:
+    request = parse("put", key=b"k", value=b"v", if_version=[3, 42], ttl_ms=5)
+    assert isinstance(request, DataRequest)
+    assert (request.batch.kinds, request.batch.keys, request.batch.values) == (
+        bytes([PUT]), [b"k"], [b"v"],
+    )  # fmt: skip
+    assert request.batch.conditions == {0: (3, 42)}
+    assert request.batch.ttls_ms == {0: 5}
+    assert (request.keyspace, request.consistency, request.request_id) == ("default", None, None)
+
+
+def test_a_batch_keeps_the_order_of_its_operations() -> None:
+    ops = [{"op": "delete", "key": b"a"}, {"op": "get", "key": b"b"},
+           {"op": "put", "key": b"c", "value": b"v", "if_absent": True}]  # fmt: skip
+    batch = parse("batch", ops=ops, atomic=True).batch
+    assert batch.kinds == bytes([DELETE, GET, PUT])
+    assert batch.keys == [b"a", b"b", b"c"]
+    assert batch.values == [None, None, b"v"]
+    assert batch.conditions == {2: None}
+    assert batch.atomic is True
+
+
+def test_verbs_are_known_by_name() -> None:
+    with pytest.raises(UnknownVerb, match="'fly'"):
+        parse("fly")
+
+
+def test_a_value_may_have_the_largest_size_and_no_byte_more() -> None:
+    parse("put", key=b"k", value=b"v" * VALUE_BYTES_MAX)
+    with pytest.raises(ValueTooLarge, match=str(VALUE_BYTES_MAX)):
+        parse("put", key=b"k", value=b"v" * (VALUE_BYTES_MAX + 1))
+
+
+@given(
+    st.text("aZ-:.0 \n\u00e9\u2603", min_size=1, max_size=CLIENT_CHARS_MAX),
+    st.integers(0, NUMBER_MAX),
+)
+def test_a_request_id_is_a_client_and_a_number(client: str, number: int) -> None:
+    assert parse_request_id(f"{client}:{number}") == (client, number)
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":", "a", "a:", ":1", "a:-1", "a:+1", "a: 1", "a:1 ", "a:1\n", "a:0x1", "a:1_0",
+             "a:1.0", "a:\u0663", "a:\u00b2", f"a:{NUMBER_MAX + 1}", "a:" + "0" * 21,
+             "x" * 65 + ":1"],
+)  # fmt: skip
+def test_anything_else_is_no_request_id(text: str) -> None:
+    with pytest.raises(MalformedRequest, match="request_id"):
+        parse_request_id(text)
+
+
+@given(st.dictionaries(
+    st.sampled_from(["key", "value", "ops", "limit", "cursor", "start", "end", "prefix", "reverse",
+                     "if_version", "if_absent", "ttl_ms", "request_id", "keyspace", "consistency",
+                     "atomic", "keys_only", "cached", "x"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("a:0\u2603", max_size=4)
+    | st.binary(max_size=4) | st.lists(st.integers(), max_size=3) | st.just([{"op": "get"}])
+    | st.just({"a": 1}),
+), st.sampled_from(["get", "put", "delete", "batch", "scan", "health", "stats", "map"]))  # fmt: skip
+def test_any_fields_are_a_request_or_a_failure_with_a_code(
+    fields: dict[str, Any], verb: str
+) -> None:
+    try:
+        request = parse_request(verb, fields, VALUE_BYTES_MAX)
+    except BusKVError as error:
+        assert error.definite
+    else:
+        assert request.verb == verb
+
+
+@given(KEYS, KEYS)
+def test_a_prefix_holds_what_begins_with_it(prefix: bytes, key: bytes) -> None:
+    end = prefix_end(prefix)
+    inside = prefix <= key and (end is None or key < end)
+    assert inside is key.startswith(prefix)
+
+
+@given(st.binary(max_size=4), st.none() | KEYS, st.booleans(), KEYS)
+def test_a_cursor_narrows_the_scan_it_came_from(
+    start: bytes, end: bytes | None, reverse: bool, position: bytes
+) -> None:
+    fields: dict[str, Any] = {"start": start, "reverse": reverse}
+    if end is not None:
+        fields["end"] = end
+    first = parse("scan", **fields)
+    assert isinstance(first, ScanRequest)
+    again = parse("scan", **fields, cursor=make_cursor(first, position))
+    if reverse:
+        assert (again.start, again.end) == (start, min(end or position, position))
+    else:
+        assert (again.start, again.end) == (max(start, position), end)
+    with pytest.raises(MalformedRequest, match="cursor"):
+        parse("scan", reverse=not reverse, cursor=make_cursor(first, position))
+
+
+def test_a_node_that_does_not_serve_a_shard_says_so() -> None:
+    config = NodeConfig("n1", "incarnation", (1, "run"), Subjects(), 1 << 20)
+    node = NodeMachine(config, Knobs())
+    body = encode_cbor({"epoch": 1, "ops": [{"op": "get", "key": b"a"}]})
+    node.step(Received("shard", "s9", body, reply="inbox"), 0)
+    (answer,) = node.take_ready(0).effects
+    assert isinstance(answer, Publish)
+    fields = decode_cbor(answer.body)
+    assert (fields["code"], fields["retry"]) == ("NOT_PRIMARY", True)
+    assert answer.headers is not None
+    assert answer.headers["Nats-Service-Error-Code"] == "421"
