@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.endpoints import Endpoint
@@ -47,8 +46,6 @@ from bus_kv.protocol.messages import (
     Run,
     failure_headers,
     heartbeat_from_wire,
-    record_from_wire,
-    seal_from_wire,
 )  # fmt: skip
 from bus_kv.protocol.requests import VERBS, InfoRequest, parse_request
 from bus_kv.protocol.shard_map import (
@@ -61,8 +58,10 @@ from bus_kv.protocol.shard_map import (
 )  # fmt: skip
 from bus_kv.protocol.sizes import Sizes
 from nodes.machine import views
+from nodes.machine.control import Control
 from nodes.machine.fit import encode_fitting
 from nodes.machine.gateway import Gateway
+from nodes.machine.map_reader import MapReader
 from nodes.machine.replica import Replica, Status
 from nodes.machine.shard_requests import ShardRequests
 
@@ -77,8 +76,6 @@ if TYPE_CHECKING:
 
 HELLO_WAIT_NS = 300 * MILLISECOND_NS
 """How long a starting node waits for another process to say that it has the same id."""
-FETCH_PAUSE_NS = 50 * MILLISECOND_NS
-"""The store is read at most this often, however many requests meet an old map."""
 ENDPOINTS = (*VERBS, "shard")
 
 
@@ -112,6 +109,8 @@ class NodeMachine:
         """Why the log cannot take more at the moment."""
         self._gateway = Gateway(self, f"{config.run[1]}-g")
         self._shard_requests = ShardRequests(self)
+        self._control = Control(self)
+        self._map_reader = MapReader(self)
         self._running = False
         self._effects: list[Effect] = []
         self._rows: dict[str, ReplicaRow] = {}
@@ -123,22 +122,17 @@ class NodeMachine:
         self._ticket = 0
         self._correlation = 0
         self._timers = Timers()
-        self._fetch = 0
-        """Correlation of the question to the store that is open; 0 when none is."""
-        self._fetched_ns = 0
-        self._map_read = 0
         self._hello: int | None = None
-        self._map_waiters: list[Callable[[dict[str, Any] | BusKVError], None]] = []
 
     # ---- start ----
 
     def restore(self, row: ReplicaRow) -> Replica:
         """A replica that the disk remembers; its entries follow through `Replica.replay`, before `start`."""
-        replica = self._new_replica(shard_from_document(row.record))
+        replica = self.new_replica(shard_from_document(row.record))
         replica.restore(row)
         return replica
 
-    def _new_replica(self, shard: Shard) -> Replica:
+    def new_replica(self, shard: Shard) -> Replica:
         replica = Replica(shard, self.config.id, self.knobs, self.sizes)
         self.replicas[shard.id] = replica
         return replica
@@ -156,7 +150,7 @@ class NodeMachine:
         self._running = True
         self._effects.append(Subscribe("verb", "", True))
         self.fetch_map()
-        self._beat()
+        self.beat()
 
     def leave(self, now_ns: int) -> None:
         """Tell the others that this process is about to end."""
@@ -170,8 +164,8 @@ class NodeMachine:
         """The bus was away: read the map again and say that this node is here."""
         self.now_ns = now_ns
         if self._running:
-            self._begin_fetch()
-            self._beat()
+            self._map_reader.fetch_now()
+            self.beat()
 
     @property
     def is_busy(self) -> bool:
@@ -201,17 +195,18 @@ class NodeMachine:
             if name == "hello":
                 self._run()
             elif name == "heartbeat":
-                self._beat()
-            elif name == "fetch":
-                self._begin_fetch()
-            elif name == "map":
-                self._answer_map("no answer in time")
+                self.beat()
+        self._map_reader.on_deadline(now_ns)
         self._gateway.on_deadline(now_ns)
         for replica in self.replicas.values():
             replica.on_deadline(now_ns)
 
     def next_deadline_ns(self) -> int | None:
-        candidates = [self._timers.next_ns(), self._gateway.next_deadline_ns()]
+        candidates = [
+            self._timers.next_ns(),
+            self._gateway.next_deadline_ns(),
+            self._map_reader.next_deadline_ns(),
+        ]
         candidates += [replica.next_deadline_ns() for replica in self.replicas.values()]
         return min((c for c in candidates if c is not None), default=None)
 
@@ -250,7 +245,7 @@ class NodeMachine:
             case "verb":
                 self._on_verb(message)
             case "node":
-                self._on_control(message)
+                self._control.on_message(message)
             case "heartbeat":
                 self._on_heartbeat(message)
             case "map":
@@ -271,12 +266,12 @@ class NodeMachine:
                 result = ValueTooLarge(f"the reply is too big for one message; {hint}")
         if body is not None:
             self._count(endpoint, since_ns, None)
-            return self._reply(message, body)
+            return self.reply(message, body)
         assert isinstance(result, BusKVError)
         self._count(endpoint, since_ns, result)
-        return self._reply(message, encode_body(codec, result.to_body()), failure_headers(result))
+        return self.reply(message, encode_body(codec, result.to_body()), failure_headers(result))
 
-    def _reply(self, message: Received, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def reply(self, message: Received, body: bytes, headers: dict[str, str] | None = None) -> None:
         if message.reply:
             self._effects.append(Publish(message.reply, body, headers))
 
@@ -301,7 +296,7 @@ class NodeMachine:
         if not isinstance(request, InfoRequest):
             return self._gateway.start(request, self.now_ns, answer)
         if verb == "map" and not request.cached:
-            return self._read_map(answer)
+            return self._map_reader.read(answer)
         return answer(views.info(verb, self))
 
     # ---- the way to the replicas, for the gateway and for requests on a shard's subject ----
@@ -355,39 +350,11 @@ class NodeMachine:
         return replica if replica is not None and replica.status is Status.ACTIVE else None
 
     def fetch_map(self) -> None:
-        """Read the whole map from the store: soon, and not again before the answer or its timeout."""
-        if self._fetch or self._timers.runs("fetch"):
-            return
-        wait_ns = max(self._fetched_ns + FETCH_PAUSE_NS - self.now_ns, 0)
-        self._timers.start("fetch", self.now_ns + wait_ns)
+        """Read the whole map from the store soon: a message shows that the own copy is old."""
+        self._map_reader.fetch()
 
-    def _begin_fetch(self) -> None:
-        """Ask the store; an earlier question that has no answer by now is forgotten."""
-        self._fetch = self.next_correlation()
-        self._fetched_ns = self.now_ns
-        self._effects.append(StoreGet(self._fetch, "map"))
-        timeout_ns = self.knobs.store_timeout_ms * MILLISECOND_NS
-        self._timers.start("fetch", self.now_ns + timeout_ns)
-
-    def _read_map(self, answer: Callable[[dict[str, Any] | BusKVError], None]) -> None:
-        """`map`: from the store, not from a copy that may lag. Requests that come together share one read."""
-        if len(self._map_waiters) >= self.knobs.calls_max:
-            return answer(Overloaded("too many map requests under way; send it again"))
-        self._map_waiters.append(answer)
-        if len(self._map_waiters) == 1:
-            self._map_read = self.next_correlation()
-            self._effects.append(StoreGet(self._map_read, "map"))
-            self._timers.start("map", self.now_ns + self.answer_within_ns - 100 * MILLISECOND_NS)
-        return None
-
-    def _answer_map(self, failure: str | None) -> None:
-        waiters, self._map_waiters, self._map_read = self._map_waiters, [], 0
-        self._timers.stop("map")
-        result: dict[str, Any] | BusKVError = self.map.public()
-        if failure is not None:
-            result = ShardUnavailable(f"the map's store does not answer: {failure}")
-        for answer in waiters:
-            answer(result)
+    def ask_store(self, correlation: int) -> None:
+        self._effects.append(StoreGet(correlation, "map"))
 
     def _on_stored(self, stored: Stored) -> None:
         failure = stored.failure
@@ -396,13 +363,7 @@ class NodeMachine:
                 self._adopt(from_document(stored.document))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 failure = f"the map in the store is not readable: {error!r}"
-        if stored.correlation == self._map_read:
-            self._answer_map(failure)
-        elif stored.correlation == self._fetch:
-            self._fetch = 0
-            self._timers.stop("fetch")
-            if failure is not None:
-                self._timers.start("fetch", self.now_ns + SECOND_NS)
+        self._map_reader.on_answer(stored.correlation, failure)
 
     def _on_delta(self, message: Received) -> None:
         try:
@@ -421,10 +382,10 @@ class NodeMachine:
         for shard in map.shards.values():
             replica = self.replicas.get(shard.id)
             if replica is not None:
-                self._follow(replica, shard)
+                self.follow(replica, shard)
         self._gateway.on_map(self.now_ns)
 
-    def _follow(self, replica: Replica, shard: Shard) -> None:
+    def follow(self, replica: Replica, shard: Shard) -> None:
         """Do what a record says: serve when it is the own attempt, stop when another configuration is active."""
         keyspace = self.map.keyspaces.get(shard.keyspace)
         if keyspace is None:
@@ -437,108 +398,24 @@ class NodeMachine:
         if own and replica.status is Status.OPENED:
             replica.activate(shard)
             self._effects.append(Subscribe("shard", shard.id, True))
-            self._beat()
+            self.beat()
         elif shard.epoch > replica.shard.epoch and replica.status is Status.ACTIVE:
-            self._stop_serving(replica)
+            self.stop_serving(replica)
             replica.status = Status.RESTARTED
             replica.fail_waiting("another configuration of the shard is active")
         return None
 
-    def _stop_serving(self, replica: Replica) -> None:
+    def stop_serving(self, replica: Replica) -> None:
         if replica.status is Status.ACTIVE:
             self._effects.append(Subscribe("shard", replica.shard.id, False))
 
-    # ---- control messages: hello, seal, open, active ----
-
-    def _on_control(self, message: Received) -> None:
-        try:
-            fields = decode_cbor(message.body)
-            handle = {
-                "hello": self._on_hello,
-                "seal": self._on_seal,
-                "open": self._on_open,
-                "active": self._on_active,
-            }[fields["type"]]
-            handle(fields, partial(self._reply_control, message))
-        except (BusKVError, KeyError, TypeError, ValueError, AttributeError) as error:
-            self._reply_control(
-                message, {"type": "refused", "reason": f"not understood: {error!r}"}
-            )
-
-    def _reply_control(self, message: Received, fields: dict[str, Any]) -> None:
-        self._reply(message, encode_cbor({"node": self.config.id, **fields}))
-
-    def _on_hello(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
-        if tuple(fields["run"]) != self.config.run:
-            reply({"type": "here", "run": self.config.run})
-
-    def _on_seal(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
-        """Step 2: promise, durably, and report how far the log goes (R1)."""
-        seal = seal_from_wire(fields)
-        replica = self.replicas.get(seal.shard)
-        attempt = (seal.epoch, seal.token)
-        if seal.incarnation != self.config.incarnation or replica is None:
-            return reply({"type": "refused", "reason": "this replica is not here"})
-        if attempt == replica.promised and seal.epoch == replica.opened_epoch:
-            return None  # a late repeat: this attempt has gone on to its opening
-        if attempt != replica.promised and seal.epoch <= replica.promised[0]:
-            return reply(_promised_more(replica))
-        self._stop_serving(replica)
-        replica.promise(*attempt)
-        report = {
-            "type": "sealed", "shard": seal.shard, "epoch": seal.epoch, "token": seal.token,
-            "incarnation": self.config.incarnation, "last": replica.last,
-            "commit_seq": replica.commit_seq,
-        }  # fmt: skip
-        return self._persist(replica, lambda: reply(report))
-
-    def _on_open(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
-        """Step 3: begin the epoch as its primary."""
-        shard = record_from_wire(fields)
-        member = shard.member(self.config.id)
-        if member is None or member.incarnation != self.config.incarnation:
-            return reply({"type": "refused", "reason": "this replica is not here"})
-        replica = self.replicas.get(shard.id)
-        if replica is None and shard.last_active is not None:
-            return reply({"type": "refused", "reason": "the shard has a past that is not here"})
-        replica = replica or self._new_replica(shard)
-        opened = {"type": "opened", "shard": shard.id, "epoch": shard.epoch, "token": shard.token}
-        attempt = (shard.epoch, shard.token)
-        if attempt == replica.promised and replica.status in (Status.OPENED, Status.ACTIVE):
-            return reply(opened)
-        if attempt == replica.promised and replica.status is Status.OPENING:
-            return None
-        if shard.epoch <= replica.opened_epoch:
-            return reply(_promised_more(replica))
-        if attempt != replica.promised and shard.epoch <= replica.promised[0]:
-            return reply(_promised_more(replica))
-        self._stop_serving(replica)
-        replica.open(shard, self.now_ns // 1_000_000)
-        return self._persist(replica, lambda: self._after_open(replica, lambda: reply(opened)))
-
-    def _after_open(self, replica: Replica, tell: Callable[[], None]) -> None:
-        tell()
-        self._beat()
-        shard = self.map.shards.get(replica.shard.id)
-        if shard is not None:
-            self._follow(replica, shard)
-
-    def _on_active(self, fields: dict[str, Any], reply: Callable[[dict[str, Any]], None]) -> None:
-        """Step 4, told directly: the record is ACTIVE."""
-        del reply
-        shard = record_from_wire(fields)
-        replica = self.replicas.get(shard.id)
-        if replica is not None:
-            self._follow(replica, shard)
-        self.fetch_map()
-
-    def _persist(self, replica: Replica, then: Callable[[], None]) -> None:
+    def persist(self, replica: Replica, then: Callable[[], None]) -> None:
         self._rows[replica.shard.id] = replica.row()
         self._after_rows.append(then)
 
     # ---- heartbeats ----
 
-    def _beat(self) -> None:
+    def beat(self) -> None:
         """Send a heartbeat now, and the next after an interval."""
         if self._running:
             self._publish_heartbeat()
@@ -617,7 +494,3 @@ def _report(replica: Replica) -> ReplicaReport:
         replica.shard.id, *replica.promised, str(replica.status), replica.last, replica.commit_seq,
         len(table.records), table.data_bytes, replica.operations,
     )  # fmt: skip
-
-
-def _promised_more(replica: Replica) -> dict[str, Any]:
-    return {"type": "refused", "reason": "promised more", "promised": replica.promised}

@@ -24,7 +24,6 @@ from bus_kv.errors import (
     NotPrimary,
     OutcomeUnknown,
     Overloaded,
-    PreconditionFailed,
     StaleEpoch,
     WrongShard,
 )  # fmt: skip
@@ -33,8 +32,9 @@ from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
 from bus_kv.protocol.entry import Entry, applied_count, decode_entry
 from bus_kv.protocol.shard_map import shard_to_document, token_of
-from bus_kv.protocol.sizes import OPERATION_BYTES, READ_BYTES, RESULT_BYTES
+from bus_kv.protocol.sizes import OPERATION_BYTES
 from nodes.machine.dedup import DedupWindow, Run
+from nodes.machine.judge import Decision, Judge, logged_writes, read_reply
 from nodes.machine.table import Record, Table, Writes
 
 if TYPE_CHECKING:
@@ -90,15 +90,6 @@ class _Waiting:
     reply: BatchReply
 
 
-@dataclass(slots=True)
-class _Decision:
-    """What became of one batch: `writes` and `outcomes` of the new operations, and the reply to all."""
-
-    writes: Writes
-    outcomes: bytes
-    reply: BatchReply
-
-
 class Replica:
     def __init__(self, shard: Shard, node: str, knobs: Knobs, sizes: Sizes) -> None:
         self.shard = shard
@@ -141,7 +132,7 @@ class Replica:
             raise ValueError(f"the log of shard {row.shard} has a gap before {entry.first}")
         seq = entry.first
         for outcomes, batch in entry.decoded():
-            writes = _logged_writes(batch, outcomes, entry.epoch, seq, entry.time_ms)
+            writes = logged_writes(batch, outcomes, entry.epoch, seq, entry.time_ms)
             self._remember(batch, outcomes, entry.epoch, seq, entry.time_ms)
             self.table.apply(writes)
             seq += applied_count(outcomes)
@@ -247,30 +238,30 @@ class Replica:
 
     def _read(self, batch: Batch) -> BatchReply:
         records = [*map(self.table.records.get, batch.keys)]
-        reply = _read_reply(records, self._sizes.entry)
+        reply = read_reply(records, self._sizes.entry)
         if batch.consistency == "one":
             reply.read = (self.shard.epoch, self.commit_seq, 0)
         return reply
 
-    def _decide(self, batch: Batch, time_ms: int) -> _Decision:
+    def _decide(self, batch: Batch, time_ms: int) -> Decision:
         """Outcomes of a batch at the end of the log. The plain case, new puts without conditions, is the hot path."""
         self.time_ms = time_ms
         seen = self._dedup.seen(batch)
         if seen or batch.conditions or batch.ttls_ms or batch.kinds.count(b.PUT) < len(batch):
-            return _Judge(self, batch, time_ms, seen).decide()
+            return Judge(self, batch, time_ms, seen).decide()
         epoch, first = self.shard.epoch, self.last[1] + 1
         latest = self.latest
         outcomes = bytes(
             [b.CREATED if latest(key) is None else b.REPLACED for key in batch.keys]
         ) if len(set(batch.keys)) == len(batch.keys) else None  # fmt: skip
         if outcomes is None:
-            return _Judge(self, batch, time_ms, seen).decide()
+            return Judge(self, batch, time_ms, seen).decide()
         seqs = range(first, first + len(batch))
         writes: Writes = {
             key: (value, epoch, seq, None)  # type: ignore[misc]  # a put's value is bytes
             for key, value, seq in zip(batch.keys, batch.values, seqs, strict=True)
         }
-        return _Decision(writes, outcomes, BatchReply(outcomes, epoch, first))
+        return Decision(writes, outcomes, BatchReply(outcomes, epoch, first))
 
     def latest(self, key: bytes) -> Record | None:
         """The key's record at the end of the log."""
@@ -279,7 +270,7 @@ class Replica:
                 return segment.writes[key]
         return self.table.records.get(key)
 
-    def _accept(self, batch: Batch, raw: bytes, decision: _Decision) -> None:
+    def _accept(self, batch: Batch, raw: bytes, decision: Decision) -> None:
         """Put a decided batch at the end of the log."""
         segment = self._open_segment(len(raw) + len(batch))
         first = self.last[1] + 1
@@ -366,7 +357,7 @@ class Replica:
         batch = Batch(bytes([b.EXPIRE]) * len(keys), keys, conditions=dict(enumerate(versions)))
         outcomes = bytes([b.DELETED]) * len(keys)
         reply = BatchReply(outcomes, self.shard.epoch, self.last[1] + 1)
-        self._accept(batch, batch.encode(), _Decision(dict.fromkeys(keys), outcomes, reply))
+        self._accept(batch, batch.encode(), Decision(dict.fromkeys(keys), outcomes, reply))
 
     def take_entries(self) -> list[EntryRow]:
         """Entries decided since the last turn, for the log."""
@@ -428,163 +419,3 @@ class Replica:
             self._waiting.popleft().respond(
                 OutcomeUnknown(f"{reason}; send it again with the same request_id")
             )
-
-
-class _Judge:
-    """Decides a batch operation by operation: conditions, lifetimes, repeats, deletes, gets, atomic batches."""
-
-    def __init__(
-        self, replica: Replica, batch: Batch, time_ms: int,
-        seen: dict[int, tuple[b.Version, int] | OutcomeUnknown],
-    ) -> None:  # fmt: skip
-        self.replica, self.batch, self.time_ms, self.seen = replica, batch, time_ms, seen
-        self.epoch, self.seq = replica.shard.epoch, replica.last[1]
-        count = len(batch)
-        self.writes: Writes = {}
-        self.logged = bytearray(count)
-        self.reply = BatchReply(b"", [self.epoch] * count, [0] * count)
-        self.outcomes = bytearray(count)
-        self.records: dict[int, Record] = {}
-
-    def decide(self) -> _Decision:
-        for i, kind in enumerate(self.batch.kinds):
-            if i in self.seen:
-                self._repeat(i)
-            elif kind == b.GET:
-                self._get(i)
-            else:
-                self._write(i, kind)
-        if self.batch.atomic and self.reply.errors:
-            self._undo()
-        self.reply.outcomes = bytes(self.outcomes)
-        self._add_values()
-        return _Decision(self.writes, bytes(self.logged), self.reply)
-
-    def _latest(self, key: bytes) -> Record | None:
-        return self.writes[key] if key in self.writes else self.replica.latest(key)
-
-    def _repeat(self, i: int) -> None:
-        earlier = self.seen[i]
-        if isinstance(earlier, OutcomeUnknown):
-            self.reply.errors[i] = earlier.to_body()
-        else:
-            self._result(i, *earlier)
-
-    def _get(self, i: int) -> None:
-        record = self._latest(self.batch.keys[i])
-        if record is None:
-            self.outcomes[i] = b.MISSING
-        else:
-            self.records[i] = record
-            self._result(i, (record[1], record[2]), b.FOUND)
-
-    def _write(self, i: int, kind: int) -> None:
-        key = self.batch.keys[i]
-        record = self._latest(key)
-        if i in self.batch.conditions and not self._holds(i, record):
-            return
-        if kind == b.DELETE and record is None:
-            self.outcomes[i] = b.ABSENT
-            return
-        self.seq += 1
-        if kind == b.DELETE:
-            self.writes[key], outcome = None, b.DELETED
-        else:
-            self.writes[key] = _put_record(self.batch, i, self.epoch, self.seq, self.time_ms)
-            outcome = b.CREATED if record is None else b.REPLACED
-        self.logged[i] = outcome
-        self._result(i, (self.epoch, self.seq), outcome)
-
-    def _holds(self, i: int, record: Record | None) -> bool:
-        wanted = self.batch.conditions[i]
-        version = None if record is None else (record[1], record[2])
-        if version == wanted:
-            return True
-        have = "absent" if version is None else f"at version {list(version)}"
-        want = "absent" if wanted is None else f"at version {list(wanted)}"
-        failure = PreconditionFailed(f"the key is {have}, not {want}; read it again")
-        self.reply.errors[i] = failure.to_body()
-        return False
-
-    def _result(self, i: int, version: b.Version, outcome: int) -> None:
-        assert isinstance(self.reply.epochs, list)
-        assert isinstance(self.reply.seqs, list)
-        self.outcomes[i] = outcome
-        self.reply.epochs[i], self.reply.seqs[i] = version
-
-    def _undo(self) -> None:
-        """An atomic batch with a refused operation does nothing."""
-        cause = min(self.reply.errors)
-        failure = PreconditionFailed(
-            f"operation {cause} of the atomic batch was refused; nothing was done"
-        )
-        self.reply.errors = {
-            i: self.reply.errors.get(i, failure.to_body()) for i in range(len(self.batch))
-        }
-        count = len(self.batch)
-        self.writes, self.logged, self.outcomes = {}, bytearray(count), bytearray(count)
-        self.reply.seqs = [0] * count
-
-    def _add_values(self) -> None:
-        """What the gets found, as much as fits beside the results of the writes."""
-        if not self.records:
-            return
-        found = [self.records.get(i) for i in range(len(self.batch))]
-        self.reply.values = [None if r is None else r[0] for r in found]
-        self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
-        _fit(self.reply, self.replica.reply_bytes_max - RESULT_BYTES * len(self.batch))
-
-
-def _put_record(batch: Batch, i: int, epoch: int, seq: int, time_ms: int) -> Record:
-    ttl_ms = batch.ttls_ms.get(i)
-    value = batch.values[i]
-    assert value is not None
-    return (value, epoch, seq, None if ttl_ms is None else time_ms + ttl_ms)
-
-
-def _logged_writes(batch: Batch, outcomes: bytes, epoch: int, seq: int, time_ms: int) -> Writes:
-    """The writes of a logged batch: the same records that its primary made when it decided."""
-    writes: Writes = {}
-    for i, outcome in enumerate(outcomes):
-        if outcome == b.DELETED:
-            writes[batch.keys[i]] = None
-        elif outcome in b.APPLIED:
-            writes[batch.keys[i]] = _put_record(batch, i, epoch, seq, time_ms)
-        seq += outcome in b.APPLIED
-    return writes
-
-
-def _read_reply(records: list[Record | None], bytes_max: int) -> BatchReply:
-    """Answer gets, as many as fit into one message; the rest is UNANSWERED. The first always fits."""
-    reply = BatchReply(
-        outcomes=bytes([b.MISSING if r is None else b.FOUND for r in records]),
-        epochs=[0 if r is None else r[1] for r in records],
-        seqs=[0 if r is None else r[2] for r in records],
-        values=[None if r is None else r[0] for r in records],
-        expires_at={i: r[3] for i, r in enumerate(records) if r is not None and r[3] is not None},
-    )
-    _fit(reply, bytes_max, keep=1)
-    assert isinstance(reply.epochs, list)
-    if reply.epochs.count(reply.epochs[0]) == len(reply.epochs):
-        reply.epochs = reply.epochs[0]
-    return reply
-
-
-def _fit(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:
-    """Leave values out of a reply until it fits; the first `keep` operations stay as they are."""
-    values, epochs, seqs = reply.values, reply.epochs, reply.seqs
-    assert isinstance(values, list)
-    assert isinstance(epochs, list)
-    assert isinstance(seqs, list)
-    room = bytes_max - READ_BYTES * len(values)
-    if sum([len(v) for v in values if v is not None]) <= room:
-        return
-    outcomes = bytearray(reply.outcomes)
-    for i, value in enumerate(values):
-        room -= len(value or b"")
-        if room < 0 and value is not None and i >= keep:
-            outcomes[i] = b.UNANSWERED
-            values[i], epochs[i], seqs[i] = None, 0, 0
-            room += len(value) + READ_BYTES
-            reply.expires_at.pop(i, None)
-    reply.outcomes = bytes(outcomes)

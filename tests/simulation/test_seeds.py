@@ -68,10 +68,10 @@ def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read is answered from writes that are not durable yet."""
 
     def read(self: Replica, batch: object) -> BatchReply:
-        from nodes.machine.replica import _read_reply
+        from nodes.machine.judge import read_reply
 
         records = [self.latest(key) for key in batch.keys]  # type: ignore[attr-defined]
-        return _read_reply(records, 1_000_000)
+        return read_reply(records, 1_000_000)
 
     monkeypatch.setattr(Replica, "_read", read)
 
@@ -81,14 +81,14 @@ def restarted_primary_resumes_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None
     from nodes.machine.node import NodeMachine
     from nodes.machine.replica import Status
 
-    follow = NodeMachine._follow
+    follow = NodeMachine.follow
 
     def resume(self: NodeMachine, replica: Replica, shard: object) -> None:
         if replica.status is Status.RESTARTED:
             replica.status = Status.OPENED
         follow(self, replica, shard)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(NodeMachine, "_follow", resume)
+    monkeypatch.setattr(NodeMachine, "follow", resume)
 
 
 @pytest.mark.timeout(600)

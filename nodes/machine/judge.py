@@ -1,0 +1,187 @@
+"""Decides a batch at the end of the log, operation by operation, and answers gets from records.
+
+The hot path, new puts without conditions, does not come here: `Replica._decide` does those in bulk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bus_kv.errors import OutcomeUnknown, PreconditionFailed
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.batch import Batch, BatchReply
+from bus_kv.protocol.sizes import READ_BYTES, RESULT_BYTES
+
+if TYPE_CHECKING:
+    from nodes.machine.replica import Replica
+    from nodes.machine.table import Record, Writes
+
+
+@dataclass(slots=True)
+class Decision:
+    """What became of one batch: `writes` and `outcomes` of the new operations, and the reply to all."""
+
+    writes: Writes
+    outcomes: bytes
+    reply: BatchReply
+
+
+class Judge:
+    """Decides a batch operation by operation: conditions, lifetimes, repeats, deletes, gets, atomic batches."""
+
+    def __init__(
+        self, replica: Replica, batch: Batch, time_ms: int,
+        seen: dict[int, tuple[b.Version, int] | OutcomeUnknown],
+    ) -> None:  # fmt: skip
+        self.replica, self.batch, self.time_ms, self.seen = replica, batch, time_ms, seen
+        self.epoch, self.seq = replica.shard.epoch, replica.last[1]
+        count = len(batch)
+        self.writes: Writes = {}
+        self.logged = bytearray(count)
+        self.reply = BatchReply(b"", [self.epoch] * count, [0] * count)
+        self.outcomes = bytearray(count)
+        self.records: dict[int, Record] = {}
+
+    def decide(self) -> Decision:
+        for i, kind in enumerate(self.batch.kinds):
+            if i in self.seen:
+                self._repeat(i)
+            elif kind == b.GET:
+                self._get(i)
+            else:
+                self._write(i, kind)
+        if self.batch.atomic and self.reply.errors:
+            self._undo()
+        self.reply.outcomes = bytes(self.outcomes)
+        self._add_values()
+        return Decision(self.writes, bytes(self.logged), self.reply)
+
+    def _latest(self, key: bytes) -> Record | None:
+        return self.writes[key] if key in self.writes else self.replica.latest(key)
+
+    def _repeat(self, i: int) -> None:
+        earlier = self.seen[i]
+        if isinstance(earlier, OutcomeUnknown):
+            self.reply.errors[i] = earlier.to_body()
+        else:
+            self._result(i, *earlier)
+
+    def _get(self, i: int) -> None:
+        record = self._latest(self.batch.keys[i])
+        if record is None:
+            self.outcomes[i] = b.MISSING
+        else:
+            self.records[i] = record
+            self._result(i, (record[1], record[2]), b.FOUND)
+
+    def _write(self, i: int, kind: int) -> None:
+        key = self.batch.keys[i]
+        record = self._latest(key)
+        if i in self.batch.conditions and not self._holds(i, record):
+            return
+        if kind == b.DELETE and record is None:
+            self.outcomes[i] = b.ABSENT
+            return
+        self.seq += 1
+        if kind == b.DELETE:
+            self.writes[key], outcome = None, b.DELETED
+        else:
+            self.writes[key] = put_record(self.batch, i, self.epoch, self.seq, self.time_ms)
+            outcome = b.CREATED if record is None else b.REPLACED
+        self.logged[i] = outcome
+        self._result(i, (self.epoch, self.seq), outcome)
+
+    def _holds(self, i: int, record: Record | None) -> bool:
+        wanted = self.batch.conditions[i]
+        version = None if record is None else (record[1], record[2])
+        if version == wanted:
+            return True
+        have = "absent" if version is None else f"at version {list(version)}"
+        want = "absent" if wanted is None else f"at version {list(wanted)}"
+        failure = PreconditionFailed(f"the key is {have}, not {want}; read it again")
+        self.reply.errors[i] = failure.to_body()
+        return False
+
+    def _result(self, i: int, version: b.Version, outcome: int) -> None:
+        assert isinstance(self.reply.epochs, list)
+        assert isinstance(self.reply.seqs, list)
+        self.outcomes[i] = outcome
+        self.reply.epochs[i], self.reply.seqs[i] = version
+
+    def _undo(self) -> None:
+        """An atomic batch with a refused operation does nothing."""
+        cause = min(self.reply.errors)
+        failure = PreconditionFailed(
+            f"operation {cause} of the atomic batch was refused; nothing was done"
+        )
+        self.reply.errors = {
+            i: self.reply.errors.get(i, failure.to_body()) for i in range(len(self.batch))
+        }
+        count = len(self.batch)
+        self.writes, self.logged, self.outcomes = {}, bytearray(count), bytearray(count)
+        self.reply.seqs = [0] * count
+
+    def _add_values(self) -> None:
+        """What the gets found, as much as fits beside the results of the writes."""
+        if not self.records:
+            return
+        found = [self.records.get(i) for i in range(len(self.batch))]
+        self.reply.values = [None if r is None else r[0] for r in found]
+        self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
+        fit_values(self.reply, self.replica.reply_bytes_max - RESULT_BYTES * len(self.batch))
+
+
+def put_record(batch: Batch, i: int, epoch: int, seq: int, time_ms: int) -> Record:
+    ttl_ms = batch.ttls_ms.get(i)
+    value = batch.values[i]
+    assert value is not None
+    return (value, epoch, seq, None if ttl_ms is None else time_ms + ttl_ms)
+
+
+def logged_writes(batch: Batch, outcomes: bytes, epoch: int, seq: int, time_ms: int) -> Writes:
+    """The writes of a logged batch: the same records that its primary made when it decided."""
+    writes: Writes = {}
+    for i, outcome in enumerate(outcomes):
+        if outcome == b.DELETED:
+            writes[batch.keys[i]] = None
+        elif outcome in b.APPLIED:
+            writes[batch.keys[i]] = put_record(batch, i, epoch, seq, time_ms)
+        seq += outcome in b.APPLIED
+    return writes
+
+
+def read_reply(records: list[Record | None], bytes_max: int) -> BatchReply:
+    """Answer gets, as many as fit into one message; the rest is UNANSWERED. The first always fits."""
+    reply = BatchReply(
+        outcomes=bytes([b.MISSING if r is None else b.FOUND for r in records]),
+        epochs=[0 if r is None else r[1] for r in records],
+        seqs=[0 if r is None else r[2] for r in records],
+        values=[None if r is None else r[0] for r in records],
+        expires_at={i: r[3] for i, r in enumerate(records) if r is not None and r[3] is not None},
+    )
+    fit_values(reply, bytes_max, keep=1)
+    assert isinstance(reply.epochs, list)
+    if reply.epochs.count(reply.epochs[0]) == len(reply.epochs):
+        reply.epochs = reply.epochs[0]
+    return reply
+
+
+def fit_values(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:
+    """Leave values out of a reply until it fits; the first `keep` operations stay as they are."""
+    values, epochs, seqs = reply.values, reply.epochs, reply.seqs
+    assert isinstance(values, list)
+    assert isinstance(epochs, list)
+    assert isinstance(seqs, list)
+    room = bytes_max - READ_BYTES * len(values)
+    if sum([len(v) for v in values if v is not None]) <= room:
+        return
+    outcomes = bytearray(reply.outcomes)
+    for i, value in enumerate(values):
+        room -= len(value or b"")
+        if room < 0 and value is not None and i >= keep:
+            outcomes[i] = b.UNANSWERED
+            values[i], epochs[i], seqs[i] = None, 0, 0
+            room += len(value) + READ_BYTES
+            reply.expires_at.pop(i, None)
+    reply.outcomes = bytes(outcomes)
