@@ -437,6 +437,8 @@ class Session:
         fields = decode_cbor(body)
         if "code" in fields:
             return self._call_again(call, from_body(fields), now_ns)
+        if "results" in fields:
+            fields["results"] = [_judged(call, result) for result in fields["results"]]
         return self._finish(call.token, fields)
 
     def _call_again(self, call: _Call, failure: BusKVError, now_ns: int) -> None:
@@ -489,6 +491,11 @@ def _make_batch(operations: list[Operation], client: str, consistency: str) -> B
     batch.conditions = {i: o.condition for i, o in enumerate(operations) if o.has_condition}
     batch.ttls_ms = {i: o.ttl_ms for i, o in enumerate(operations) if o.ttl_ms is not None}
     return batch
+
+
+def _judged(call: _Call, result: dict[str, Any]) -> dict[str, Any]:
+    """One result of a batch: after an attempt without an answer its failure may not be the whole truth."""
+    return call.verdict(from_body(result)).to_body() if "code" in result else result
 
 
 def _pause_ns(attempts: int) -> int:

@@ -133,7 +133,8 @@ def record_from_wire(wire: dict[str, Any]) -> Shard:
 def failure_headers(error: BusKVError) -> dict[str, str]:
     """The two headers of every failure (ADR-32); header text is ASCII and one line."""
     text = f"{error.code}: {error.message}".encode("ascii", "replace").decode()
+    printable = "".join(c if " " <= c <= "~" else " " for c in text)
     return {
-        "Nats-Service-Error": " ".join(text.split()),
+        "Nats-Service-Error": " ".join(printable.split()),
         "Nats-Service-Error-Code": str(error.status),
     }

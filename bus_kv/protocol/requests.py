@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RequestId: TypeAlias = tuple[str, int]
 """(client, number)."""
 
-_REQUEST_ID = re.compile(r"(?P<client>.{1,64}):(?P<number>\d{1,20})\Z", re.DOTALL)
+_REQUEST_ID = re.compile(r"(?P<client>.{1,64}):(?P<number>[0-9]{1,20})\Z", re.DOTALL)
 
 
 @dataclass(slots=True)
@@ -124,6 +124,8 @@ _KIND_NAMES = {
 
 def _common(fields: _Fields) -> tuple[str, str | None, RequestId | None]:
     keyspace = fields.take("keyspace", str, "default")
+    if not keyspace:
+        raise MalformedRequest(f"keyspace of {fields.what} is empty")
     if not is_id(keyspace):
         raise KeyspaceUnknown(f"there is no keyspace {keyspace!r}")
     consistency = fields.take("consistency", str)
@@ -131,6 +133,11 @@ def _common(fields: _Fields) -> tuple[str, str | None, RequestId | None]:
         raise MalformedRequest(f"consistency {consistency!r} is not one of one, quorum, all")
     request_id = fields.take("request_id", str)
     return keyspace, consistency, None if request_id is None else parse_request_id(request_id)
+
+
+def parse_common(body: dict[str, Any], what: str) -> tuple[str, str | None, RequestId | None]:
+    """(keyspace, consistency, request_id) of a request that has other fields too. Raises MalformedRequest."""
+    return _common(_Fields(body, what))
 
 
 def _single(verb: str, body: dict[str, Any]) -> DataRequest:

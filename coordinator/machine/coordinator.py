@@ -46,7 +46,7 @@ from bus_kv.protocol.shard_map import (
 )  # fmt: skip
 from coordinator.machine.attempt import Attempt, refused_with
 from coordinator.machine.lease import Lease
-from coordinator.machine.plan import Heard, next_map, report_of
+from coordinator.machine.plan import Heard, next_map, note_opened, report_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -306,6 +306,8 @@ class CoordinatorMachine:
             promised_epoch = refused_with(fields)
         except (BusKVError, KeyError, TypeError, ValueError):
             return
+        if attempt.opened:
+            note_opened(attempt.shard, self._heard)
         if promised_epoch >= attempt.shard.epoch:
             # Also the own epoch: a primary that restarted after opening it never resumes it (R7).
             self._heard.epoch_floor = max(self._heard.epoch_floor, promised_epoch)

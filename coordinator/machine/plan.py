@@ -122,6 +122,13 @@ def report_of(shard: Shard, heard: Heard) -> ReplicaReport | None:
     return next((r for r in beat.shards if r.id == shard.id), None)
 
 
+def note_opened(shard: Shard, heard: Heard) -> None:
+    """The primary has said that the epoch is open: what its last heartbeat told about the time before is over."""
+    report = report_of(shard, heard)
+    if report is not None:
+        report.epoch, report.token, report.status = shard.epoch, shard.token, "opened"
+
+
 def reconfigured(map: ShardMap, shard: Shard, epoch: int, token: str) -> Shard:
     """Step 1 of a reconfiguration: the record under a new epoch, RECOVERING, with its past carried along.
 

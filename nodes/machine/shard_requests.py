@@ -14,8 +14,8 @@ from bus_kv.errors import BusKVError, MalformedRequest
 from bus_kv.protocol.batch import Batch, BatchReply, decode_batch
 from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
 from bus_kv.protocol.requests import (
+    parse_common,
     parse_operations,
-    parse_request_id,
     parse_shard_scan,
     result_of,
 )  # fmt: skip
@@ -80,20 +80,20 @@ class ShardRequests:
             raise MalformedRequest("a shard request needs an epoch, a whole number")
         if sum(name in fields for name in ("batch", "ops", "scan")) != 1:
             raise MalformedRequest("a shard request needs one of ops, batch, scan")
+        parse_common(fields, "a shard request")
         return fields
 
     def _operations(self, fields: dict[str, Any]) -> Batch:
         batch = parse_operations(fields["ops"])
-        batch.consistency = fields.get("consistency", "quorum")
+        _, consistency, request_id = parse_common(fields, "a shard request")
+        batch.consistency = consistency or "quorum"
         batch.atomic = fields.get("atomic", False)
-        batch.client, number = self._request_id(fields)
+        batch.client, number = request_id or self._next_request_id()
         batch.numbers = [number] * len(batch)
         batch.indexes = list(range(len(batch)))
         return batch
 
-    def _request_id(self, fields: dict[str, Any]) -> tuple[str, int]:
-        if "request_id" in fields:
-            return parse_request_id(fields["request_id"])
+    def _next_request_id(self) -> tuple[str, int]:
         self._number += 1
         return f"{self._node.config.run[1]}-s", self._number
 

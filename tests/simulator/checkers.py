@@ -13,7 +13,12 @@ from bus_kv.protocol import batch as b
 from bus_kv.protocol.entry import decode_entry
 from tests.simulator.world import Violation
 
+CLOCKS_MS_MAX = 20_000
+"""How far log time may lag behind the world: clocks are off by seconds, the last writes are some time ago."""
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bus_kv.core.machine import EntryRow
     from nodes.machine.table import Record
     from tests.simulator.workload import Call
@@ -28,6 +33,8 @@ class Logged:
     value: bytes | None
     identity: tuple[str, int, int] | None
     expires_at: int | None
+    time_ms: int
+    is_expiry: bool
 
 
 def read_log(rows: list[EntryRow]) -> list[Logged]:
@@ -49,8 +56,9 @@ def read_log(rows: list[EntryRow]) -> list[Logged]:
                 value = batch.values[i] if batch.kinds[i] == b.PUT else None
                 ttl_ms = batch.ttls_ms.get(i)
                 expires_at = None if ttl_ms is None else entry.time_ms + ttl_ms
+                version, is_expiry = (entry.epoch, seq), batch.kinds[i] == b.EXPIRE
                 logged.append(
-                    Logged((entry.epoch, seq), batch.keys[i], value, identity, expires_at)
+                    Logged(version, batch.keys[i], value, identity, expires_at, time_ms, is_expiry)
                 )
                 seq += 1
     return logged
@@ -77,6 +85,8 @@ def check_durability(log: list[Logged], history: list[Call]) -> None:
     for call in history:
         if call.kind == "get":
             continue
+        if call.outcome == "ok" and call.version is None and call.kind == "put":
+            raise Violation(f"durability: {call} was acknowledged without a version")
         if call.outcome == "ok" and call.version is not None:
             found = at.get(call.version)
             if found is None or (found.key, found.value) != (call.key, call.value):
@@ -85,54 +95,103 @@ def check_durability(log: list[Logged], history: list[Call]) -> None:
             raise Violation(f"definite: {call} was refused and stands in the log")
 
 
+def check_expired(log: list[Logged], now_ms: int) -> None:
+    """A record goes when its lifetime is over, not before, and not never (R5)."""
+    state: dict[bytes, Logged] = {}
+    for operation in log:
+        before = state.get(operation.key)
+        if operation.is_expiry and (
+            before is None or before.expires_at is None or before.expires_at > operation.time_ms
+        ):
+            raise Violation(f"R5: {operation} expired {before}")
+        state[operation.key] = operation
+    late_ms = now_ms - CLOCKS_MS_MAX
+    for operation in state.values():
+        if operation.expires_at is not None and operation.expires_at < late_ms:
+            raise Violation(f"R5: {operation} has not expired")
+
+
 def check_linearizable(log: list[Logged], history: list[Call]) -> None:
     """Per key: what was returned follows the log's order and real time."""
+    invoked = {call.value: call.invoked_ns for call in history if call.value is not None}
     by_key: dict[bytes, list[Call]] = {}
     for call in history:
-        if call.outcome == "ok":
+        if call.outcome == "ok" or call.code == "PRECONDITION_FAILED":
             by_key.setdefault(call.key, []).append(call)
-    invoked = {call.value: call.invoked_ns for call in history if call.value is not None}
     for key, calls in sorted(by_key.items()):
         states = [None, *[operation for operation in log if operation.key == key]]
-        _check_key(key, states, calls, invoked)
+        _Key(key, states, invoked).check(calls)
 
 
-def _check_key(
-    key: bytes, states: list[Logged | None], calls: list[Call], invoked: dict[bytes, int]
-) -> None:
-    index = {state.version: i for i, state in enumerate(states) if state is not None}
-    finished: list[tuple[int, int]] = []
-    for call in sorted(calls, key=lambda c: c.returned_ns or 0):
-        assert call.returned_ns is not None
-        lower = max((i for returned_ns, i in finished if returned_ns < call.invoked_ns), default=0)
-        if call.kind != "get" and call.version is not None:
-            position = index[call.version]
-            if position <= lower:
-                raise Violation(f"linearizability of {key!r}: {call} is older than what was seen")
-        else:
-            position = _observed(states, index, call, lower)
-            state = states[position]
-            value = None if state is None else state.value
-            if value is not None and invoked[value] > call.returned_ns:
-                raise Violation(f"linearizability of {key!r}: {call} saw the future")
-        finished.append((call.returned_ns, position))
+class _Key:
+    """The states that one key went through, and what its calls may have seen of them."""
 
+    def __init__(self, key: bytes, states: list[Logged | None], invoked: dict[bytes, int]) -> None:
+        self.key, self.states, self.invoked = key, states, invoked
+        self.index = {state.version: i for i, state in enumerate(states) if state is not None}
 
-def _observed(
-    states: list[Logged | None], index: dict[tuple[int, int], int], call: Call, lower: int
-) -> int:
-    """The state that a read saw, or that a delete of nothing found: the earliest possible one."""
-    if call.kind == "get" and call.version is not None:
-        position = index.get(call.version)
-        state = None if position is None else states[position]
-        if position is None or state is None or state.value != call.read or position < lower:
-            raise Violation(f"linearizability: {call} saw {state}, already past {states[lower]}")
+    def check(self, calls: list[Call]) -> None:
+        finished: list[tuple[int, int]] = []
+        for call in sorted(calls, key=lambda c: c.returned_ns or 0):
+            assert call.returned_ns is not None
+            lower = max((i for done_ns, i in finished if done_ns < call.invoked_ns), default=0)
+            position = self._position(call, lower)
+            if position is not None:
+                self._not_from_the_future(call, position)
+                finished.append((call.returned_ns, position))
+
+    def _position(self, call: Call, lower: int) -> int | None:
+        """The earliest state that the call can have seen or made; None when it tells nothing."""
+        if call.code == "PRECONDITION_FAILED":
+            tells = not call.atomic and (call.if_absent or call.if_version)
+            return self._first(call, lower, self._refuses) if tells else None
+        if call.kind == "get" and call.version is not None:
+            return self._first(
+                call, lower, lambda c, i: self._version(i) == c.version and self._value(i) == c.read
+            )
+        if call.version is None:
+            return self._first(call, lower, lambda _, i: self._value(i) is None)
+        position = self.index[call.version]
+        if position <= lower:
+            raise Violation(f"linearizability of {self.key!r}: {call} is older than what was seen")
+        if call.found is not None and call.found != (self._value(position - 1) is not None):
+            raise Violation(f"linearizability of {self.key!r}: {call} tells a wrong found")
+        if not self._holds(call, position - 1):
+            raise Violation(
+                f"linearizability of {self.key!r}: {call} was done against its condition"
+            )
         return position
-    for position in range(lower, len(states)):
-        state = states[position]
-        if state is None or state.value is None:
-            return position
-    raise Violation(f"linearizability: {call} found nothing, but the key was there")
+
+    def _first(self, call: Call, lower: int, fits: Callable[[Call, int], bool]) -> int:
+        for position in range(lower, len(self.states)):
+            if fits(call, position):
+                return position
+        raise Violation(f"linearizability of {self.key!r}: {call} fits no state from {lower} on")
+
+    def _holds(self, call: Call, position: int) -> bool:
+        """Whether the call's condition held in this state."""
+        if call.if_absent:
+            return self._value(position) is None
+        if call.if_version:
+            return self._value(position) is not None and self._version(position) == call.if_version
+        return True
+
+    def _refuses(self, call: Call, position: int) -> bool:
+        return not self._holds(call, position)
+
+    def _value(self, position: int) -> bytes | None:
+        state = self.states[position]
+        return None if state is None else state.value
+
+    def _version(self, position: int) -> tuple[int, int] | None:
+        state = self.states[position]
+        return None if state is None else state.version
+
+    def _not_from_the_future(self, call: Call, position: int) -> None:
+        value = self._value(position)
+        assert call.returned_ns is not None
+        if call.kind == "get" and value is not None and self.invoked[value] > call.returned_ns:
+            raise Violation(f"linearizability of {self.key!r}: {call} saw the future")
 
 
 def check_table(log: list[Logged], records: dict[bytes, Record]) -> None:

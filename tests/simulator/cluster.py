@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import cbor2
+
 from bus_kv.client.session import Session
 from bus_kv.knobs import Knobs
-from bus_kv.protocol.shard_map import from_document
+from bus_kv.protocol.shard_map import ShardState, from_document
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 from nodes.machine.node import NodeConfig, NodeMachine
@@ -21,7 +23,9 @@ from tests.simulator.world import MILLISECOND_NS, SECOND_NS, Violation, World
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.protocol.shard_map import ShardMap
+    from bus_kv.core.machine import Publish
+    from bus_kv.protocol.shard_map import Shard, ShardMap
+    from nodes.machine.replica import Replica
 
 MAX_PAYLOAD_BYTES = 65_536
 
@@ -57,9 +61,10 @@ def draw_shape(world: World) -> Shape:
             inbox_messages_max=random.choice([8, 1000]),
             tail_operations_max=random.choice([5, 10_000]),
             client_window_messages=random.choice([1, 4]),
+            answer_within_ms=random.choice([300, 1500]),
             client_fill_operations=random.choice([1, 3]),
             client_batch_operations_max=random.choice([2, 100]),
-            client_timeout_s=20.0,
+            client_timeout_s=random.choice([1.2, 4.0, 20.0]),
         ),
     )
 
@@ -97,12 +102,12 @@ class Cluster:
         machine = CoordinatorMachine(config, self.shape.knobs)
         process.begin(machine)
         self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
-        machine.start(self.world.now_ns)
+        machine.start(process.now_ns)
 
     def start_node(self, process: Process) -> None:
         disk = process.disk
         assert disk is not None
-        run = (self.world.now_ns // MILLISECOND_NS, f"{process.life:04d}")
+        run = (self.world.now_ns // MILLISECOND_NS, f"{process.name}{process.life:04d}")
         config = NodeConfig(process.name, disk.incarnation, run, self.subjects, MAX_PAYLOAD_BYTES)
         machine = NodeMachine(config, self.shape.knobs)
         for row in disk.replicas.values():
@@ -110,6 +115,7 @@ class Cluster:
             for entry in disk.entries.get(row.shard, []):
                 replica.replay(entry)
         process.begin(machine)
+        process.tap = lambda message: self._check_leaving(process, message)
         process.refuse = machine.overloaded
         life = process.life
         disk.open(lambda event: process.receive(life, event))
@@ -120,7 +126,7 @@ class Cluster:
         self.bus.subscribe(process, "node", self.subjects.node_inbox(process.name))
         self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
         self.bus.subscribe(process, "map", self.subjects.map_event)
-        machine.start(self.world.now_ns)
+        machine.start(process.now_ns)
 
     def start_client(self, name: str, done: Callable[[Any, Any], None]) -> Process:
         """A client process; its machine is a Session that tells outcomes to `done`."""
@@ -186,7 +192,7 @@ class Cluster:
     def _mend(self, process: Process, life: int) -> None:
         process.cut_in = process.cut_out = False
         if process.alive and process.life == life and isinstance(process.machine, NodeMachine):
-            process.machine.reconnected(self.world.now_ns)
+            process.machine.reconnected(process.now_ns)
             process.schedule()
 
     def _store_down(self, process: Process) -> None:
@@ -218,13 +224,45 @@ class Cluster:
             if process.alive and isinstance(process.machine, NodeMachine):
                 for replica in process.machine.replicas.values():
                     if replica.status is Status.ACTIVE:
-                        self._see_active(process, replica.shard.id, replica.shard.epoch)
+                        self._see_active(process, replica)
         self.world.after(2 * MILLISECOND_NS, self.watch)
 
-    def _see_active(self, process: Process, shard: str, epoch: int) -> None:
+    def _check_leaving(self, process: Process, message: Publish) -> None:
+        """A promise or an opening is told only when it is on disk (R1, step 3)."""
+        if not message.subject.startswith("_INBOX.") or message.body[:1] == b"{":
+            return
+        fields = cbor2.loads(message.body)
+        if fields.get("type") not in ("sealed", "opened"):
+            return
+        assert process.disk is not None
+        row = process.disk.replicas.get(fields["shard"])
+        told = (fields["epoch"], fields["token"])
+        if row is None or (row.promised_epoch, row.promised_token) != told:
+            raise Violation(f"R1: {process.name} told {fields['type']} {told}, on disk is {row}")
+
+    def _see_active(self, process: Process, replica: Replica) -> None:
+        shard, epoch = replica.shard.id, replica.shard.epoch
+        if (shard, *replica.promised) not in self.store.active:
+            raise Violation(
+                f"step 4: {process.name} serves {replica.promised}, never ACTIVE in the map"
+            )
         who = (process.name, process.life)
         if self.active.setdefault((shard, epoch), who) != who:
             raise Violation(f"R7: epoch {epoch} of {shard} served by {who} and another")
+
+    @property
+    def is_serving(self) -> bool:
+        """Every shard of the map has its primary ACTIVE."""
+        document = self.store.document("map")
+        shards = from_document(document).shards.values() if document else ()
+        return bool(shards) and all(map(self._serves, shards))
+
+    def _serves(self, shard: Shard) -> bool:
+        machine = self.peers[shard.primary].machine
+        assert isinstance(machine, NodeMachine)
+        replica = machine.serving(shard.id)
+        active = shard.state is ShardState.ACTIVE
+        return active and replica is not None and replica.shard.epoch == shard.epoch
 
     def map(self) -> ShardMap:
         document = self.store.document("map")

@@ -14,7 +14,7 @@ from bus_kv.core.machine import (
     Subscribe,
     turn,
 )  # fmt: skip
-from tests.simulator.world import MICROSECOND_NS, Violation
+from tests.simulator.world import MICROSECOND_NS, SECOND_NS, Violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,9 +50,17 @@ class Process:
         """Channel -> (name -> subject, queue group)."""
         self.refuse: Callable[[Received], Publish | None] = lambda _: None
         """Answers a request that finds the inbox full; other messages are let in."""
+        self.tap: Callable[[Publish], None] = lambda _: None
+        """Sees every message that leaves, before it does."""
+        self._skew_ns = 0
         self._random = world.random(f"process/{name}")
         self._turn_due = False
         self._wake_ns: int | None = None
+
+    @property
+    def now_ns(self) -> int:
+        """The process's own clock: off by some seconds, differently in each life."""
+        return self.world.now_ns + self._skew_ns
 
     def begin(self, machine: Machine) -> None:
         """Start a life with this machine."""
@@ -61,6 +69,7 @@ class Process:
         self.machine = machine
         self.inbox = []
         self._turn_due, self._wake_ns = False, None
+        self._skew_ns = self._random.randint(-5, 5) * SECOND_NS
         self.paused_until_ns = 0
         self.world.note(self.name, f"starts life {self.life}")
         self.schedule()
@@ -105,7 +114,7 @@ class Process:
         if self.world.now_ns < self.paused_until_ns:
             return self.world.at(self.paused_until_ns, lambda: self._turn(life))
         self._turn_due = False
-        ready = turn(self.machine, self.inbox, self.world.now_ns)
+        ready = turn(self.machine, self.inbox, self.now_ns)
         if ready.append is not None:
             assert self.disk is not None
             self.disk.append(ready.append)
@@ -119,7 +128,7 @@ class Process:
         if deadline_ns is None or (self._wake_ns is not None and self._wake_ns <= deadline_ns):
             return
         self._wake_ns, life = deadline_ns, self.life
-        self.world.at(deadline_ns, lambda: self._on_wake(life))
+        self.world.at(deadline_ns - self._skew_ns, lambda: self._on_wake(life))
 
     def _on_wake(self, life: int) -> None:
         if life == self.life and self.alive:
@@ -131,6 +140,7 @@ class Process:
     def _perform(self, effect: Any) -> None:
         match effect:
             case Publish(subject, body):
+                self.tap(effect)
                 self.bus.publish(self, subject, body)
             case Request(correlation, subject, body):
                 reply = f"_INBOX.{self.name}.{self.life}.{correlation}"

@@ -12,6 +12,7 @@ from tests.simulator.workload import Call, Workload
 from tests.simulator.world import SECOND_NS, START_NS, Violation, World
 
 SAFETY_NS = 12 * SECOND_NS
+STABLE_NS = 12 * SECOND_NS
 LIVENESS_NS = 60 * SECOND_NS
 
 
@@ -50,14 +51,21 @@ def _run(world: World) -> Result:
     world.run_until(START_NS + SAFETY_NS + 2 * SECOND_NS)
     for workload in workloads:
         workload.stopped = True
-    world.run_until(
-        START_NS + SAFETY_NS + LIVENESS_NS, done=lambda: not any(w.open for w in workloads)
-    )
+    end_ns = START_NS + SAFETY_NS + LIVENESS_NS
+    world.run_until(end_ns, done=lambda: cluster.is_serving and not any(w.open for w in workloads))
+    epochs = cluster.map().last_epoch
+    world.run_until(world.now_ns + STABLE_NS)
+    if cluster.map().last_epoch != epochs:
+        raise Violation("liveness: epochs change although nothing fails")
     _check(cluster, workloads, history)
     acknowledged = sum(c.outcome == "ok" and c.kind != "get" for c in history)
     return Result(
         world.seed, world.digest, world.events, len(history), acknowledged, len(cluster.active)
     )
+
+
+def world_ms(cluster: Cluster) -> int:
+    return cluster.world.now_ns // 1_000_000
 
 
 def _check(cluster: Cluster, workloads: list[Workload], history: list[Call]) -> None:
@@ -75,5 +83,6 @@ def _check(cluster: Cluster, workloads: list[Workload], history: list[Call]) -> 
         checkers.check_exactly_once(log)
         checkers.check_durability(log, history)
         checkers.check_linearizable(log, history)
+        checkers.check_expired(log, world_ms(cluster))
         committed = [operation for operation in log if operation.version[1] <= replica.commit_seq]
         checkers.check_table(committed, replica.table.records)

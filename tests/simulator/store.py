@@ -25,6 +25,8 @@ class Store:
         self.lost_answers = 0.0
         """Chance that a request is carried out and its answer never comes."""
         self.down_until_ns = 0
+        self.active: set[tuple[str, int, str]] = set()
+        """Every (shard, epoch, token) that the map ever held as ACTIVE."""
 
     def ask(self, effect: StoreGet | StoreCas, tell: Callable[[Stored], None]) -> None:
         arrive_ns = self._random.randint(*DELAY_NS)
@@ -32,13 +34,23 @@ class Store:
 
     def _serve(self, effect: StoreGet | StoreCas, tell: Callable[[Stored], None]) -> None:
         if self._world.now_ns < self.down_until_ns:
+            if self._random.random() < self.lost_answers:
+                # Not lost but late: the change is made when nobody expects it any more.
+                delay_ns = self._random.randint(1, 6) * SECOND_NS
+                self._world.after(delay_ns, lambda: self._apply_late(effect))
             stored = Stored(effect.correlation, failure="no answer")
             return self._world.after(2 * SECOND_NS, lambda: tell(stored))
-        stored = self._read(effect) if isinstance(effect, StoreGet) else self._write(effect)
+        stored = self._apply(effect)
         if self._random.random() < self.lost_answers:
             stored = Stored(effect.correlation, failure="no answer")
             return self._world.after(2 * SECOND_NS, lambda: tell(stored))
         return self._world.after(self._random.randint(*DELAY_NS), lambda: tell(stored))
+
+    def _apply_late(self, effect: StoreGet | StoreCas) -> None:
+        self._apply(effect)
+
+    def _apply(self, effect: StoreGet | StoreCas) -> Stored:
+        return self._read(effect) if isinstance(effect, StoreGet) else self._write(effect)
 
     def document(self, key: str) -> dict[str, Any] | None:
         """What the store holds, for checkers."""
@@ -57,5 +69,8 @@ class Store:
         self._revision += 1
         text = json.dumps(effect.document)
         self._values[effect.key] = (self._revision, text)
+        for shard in effect.document.get("shards", {}).values():
+            if shard["state"] == "active":
+                self.active.add((shard["id"], shard["epoch"], shard["token"]))
         self._world.note("store", f"{effect.key} = revision {self._revision}", text.encode())
         return Stored(effect.correlation, self._revision, json.loads(text))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.client.results import Entry, Receipt
 from bus_kv.client.session import Operation, Session
-from bus_kv.errors import BusKVError
+from bus_kv.errors import BusKVError, ConsistencyNotMet, from_body
 from bus_kv.protocol import batch as b
 from tests.simulator.world import MILLISECOND_NS
 
@@ -32,6 +32,11 @@ class Call:
     version: Version | None = None
     read: bytes | None = None
     code: str = ""
+    found: bool | None = None
+    if_absent: bool = False
+    atomic: bool = False
+    """Part of a batch that was to be done whole or not at all: refused also for its neighbours' sake."""
+    if_version: Version | None = None
 
 
 class Workload:
@@ -43,6 +48,8 @@ class Workload:
         self._process = cluster.start_client(name, self._done)
         self._count = 0
         self._number = 0
+        self._seen: dict[bytes, Version] = {}
+        """Key -> a version it had, for conditions."""
         self.stopped = False
         self.open = 0
         for _ in range(workers):
@@ -59,55 +66,114 @@ class Workload:
     def _next(self) -> None:
         if self.stopped:
             return
+        self.open += 1
+        choice = self._random.random()
+        if choice < 0.65:
+            self._submit(self._call())
+        elif choice < 0.9:
+            self._through_gateway(self._call())
+        else:
+            self._batch()
+
+    def _call(self) -> Call:
+        """A get, put or delete of a random key; every value is unique."""
         key = self._random.choice(KEYS)
         choice = self._random.random()
-        if choice < 0.4:
+        if choice < 0.45:
             call = Call("get", key, None, self._world.now_ns)
-        elif choice < 0.5:
+        elif choice < 0.55:
             call = Call("delete", key, None, self._world.now_ns)
         else:
             self._count += 1
-            call = Call("put", key, f"{self._name}.{self._count}".encode(), self._world.now_ns)
+            value = f"{self._name}.{self._count}".encode()
+            call = Call("put", key, value, self._world.now_ns)
+            call.if_absent = self._random.random() < 0.2
+        if call.kind != "get" and not call.if_absent and self._random.random() < 0.2:
+            call.if_version = self._seen.get(key)
         self._history.append(call)
-        self.open += 1
-        if choice > 0.85:
-            self._through_gateway(call)
-        else:
-            self._submit(call)
+        return call
 
     def _submit(self, call: Call) -> None:
         kind = {"get": b.GET, "put": b.PUT, "delete": b.DELETE}[call.kind]
         operation = Operation(kind, call.key, call.value, call)
-        if call.kind == "put" and self._random.random() < 0.2:
-            operation.has_condition = True
-        self._session.submit(operation, self._world.now_ns)
+        if call.if_absent or call.if_version:
+            operation.has_condition, operation.condition = True, call.if_version
+        operation.consistency = self._random.choice([None, None, "one", "all"])
+        self._session.submit(operation, self._process.now_ns)
         self._process.schedule()
 
     def _through_gateway(self, call: Call) -> None:
         """The way of a client that knows nothing of shards; the session repeats it under one request_id."""
-        self._number += 1
-        fields: dict[str, Any] = {
-            "key": call.key, "value": call.value, "request_id": f"{self._name}-g:{self._number}",
-        }  # fmt: skip
-        if self._random.random() < 0.3:
-            fields["ttl_ms"] = self._random.randint(5, 2000)
-        self._session.call("put", fields, call, self._world.now_ns)
+        fields = self._fields(call)
+        if call.kind != "get":
+            fields["request_id"] = self._request_id()
+        self._session.call(call.kind, fields, call, self._process.now_ns)
         self._process.schedule()
 
-    def _done(self, call: Call, outcome: Any) -> None:
-        call.returned_ns = self._world.now_ns
+    def _fields(self, call: Call) -> dict[str, Any]:
+        fields: dict[str, Any] = {"key": call.key}
+        if call.kind == "put":
+            fields["value"] = call.value
+            if call.if_absent:
+                fields["if_absent"] = True
+            if self._random.random() < 0.3:
+                fields["ttl_ms"] = self._random.randint(5, 2000)
+        if call.if_version:
+            fields["if_version"] = list(call.if_version)
+        return fields
+
+    def _request_id(self) -> str:
+        """Numbers grow, but not in the order in which requests leave."""
+        self._number += 1
+        return f"{self._name}-g:{self._number ^ 3}"
+
+    def _batch(self) -> None:
+        """Several operations as one request; sometimes all or nothing."""
+        calls = [self._call() for _ in range(self._random.randint(1, 5))]
+        operations = [{"op": call.kind, **self._fields(call)} for call in calls]
+        atomic = self._random.random() < 0.3
+        for call in calls:
+            call.atomic = atomic
+        fields = {"ops": operations, "atomic": atomic, "request_id": self._request_id()}
+        self._session.call("batch", fields, calls, self._process.now_ns)
+        self._process.schedule()
+
+    def _done(self, token: Call | list[Call], outcome: Any) -> None:
         self.open -= 1
+        calls = token if isinstance(token, list) else [token]
+        results = (
+            outcome["results"]
+            if isinstance(token, list) and isinstance(outcome, dict)
+            else [outcome]
+        )
+        for i, call in enumerate(calls):
+            result = results[i] if len(results) == len(calls) else outcome
+            self._record(
+                call, from_body(result) if isinstance(result, dict) and "code" in result else result
+            )
+        self._think()
+
+    def _record(self, call: Call, outcome: Any) -> None:
+        call.returned_ns = self._world.now_ns
         match outcome:
+            case ConsistencyNotMet():
+                call.outcome, call.version = "ok", tuple(outcome.detail["version"])
             case BusKVError():
                 call.outcome = "definite" if outcome.definite else "indefinite"
                 call.code = outcome.code
             case Entry():
                 call.outcome, call.version, call.read = "ok", outcome.version, outcome.value
             case Receipt():
-                call.outcome, call.version = "ok", outcome.version
+                call.outcome, call.version, call.found = "ok", outcome.version, outcome.found
             case dict():
-                call.outcome, call.version = "ok", tuple(outcome["version"])
+                version = outcome.get("version")
+                call.outcome, call.version = "ok", version and tuple(version)
+                if call.kind == "get":
+                    call.read = outcome.get("value")
+                else:
+                    call.found = outcome["found"]
+        if call.version is not None:
+            self._seen[call.key] = call.version
         self._world.note(
             self._name, f"{call.kind} {call.key!r} = {call.outcome} {call.version} {call.code}"
         )
-        self._think()
