@@ -1,19 +1,22 @@
 """The verbs on the bus as a client in any language sees them: replies, failures, limits, exactly once."""
 
-import asyncio
 import base64
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from tests.support.cluster import Bus, Cluster, assert_failure, cluster_on, unique
+from tests.support.cluster import Bus, Cluster, assert_failure, cluster_on, unique, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KEY_BYTES_MAX = 4096
+VERBS: list[tuple[str, dict[str, Any]]] = [("get", {}), ("put", {"value": "1"}), ("delete", {})]
+"""Each with what it needs besides a key."""
 ENOUGH_TO_MEET_EVERY_NODE = 12
 """Any of three nodes may answer: so often that each does, but for one run in a hundred."""
+
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(
@@ -99,7 +102,7 @@ async def test_if_absent_writes_once(bus: Bus, key: str) -> None:
 
 @pytest.mark.parametrize("verb", ["put", "delete"])
 async def test_if_version_writes_only_over_that_version(bus: Bus, key: str, verb: str) -> None:
-    fields = {"value": "3"} if verb == "put" else {}
+    fields: dict[str, Any] = {"value": "3"} if verb == "put" else {}
     first = (await bus.ok("put", key=key, value="1"))["version"]
     second = (await bus.ok("put", key=key, value="2"))["version"]
     reply = await bus.ask(verb, key=key, if_version=first, **fields)
@@ -134,9 +137,10 @@ async def test_a_later_put_without_a_lifetime_stays(bus: Bus, key: str) -> None:
 
 
 async def _until_absent(bus: Bus, key: str) -> None:
-    async with asyncio.timeout(10):
-        while (await bus.ok("get", key=key))["found"]:
-            await asyncio.sleep(0.02)
+    async def is_absent() -> bool:
+        return not (await bus.ok("get", key=key))["found"]
+
+    await until(is_absent)
 
 
 # ---- levels ----
@@ -159,7 +163,12 @@ async def test_all_without_enough_members_is_written_at_quorum(bus: Bus, key: st
 
 
 async def test_repeating_a_write_that_missed_all_misses_it_again(bus: Bus, key: str) -> None:
-    fields = {"key": key, "value": "1", "consistency": "all", "request_id": f"{unique('client')}:1"}
+    fields: dict[str, Any] = {
+        "key": key,
+        "value": "1",
+        "consistency": "all",
+        "request_id": f"{unique('client')}:1",
+    }
     first = await bus.ask("put", **fields)
     second = await bus.ask("put", **fields)
     assert second.fields == first.fields
@@ -172,7 +181,7 @@ async def test_repeating_a_write_that_missed_all_misses_it_again(bus: Bus, key: 
 async def test_keys_have_at_most_4096_bytes(bus: Bus, key: str, codec: str) -> None:
     longest = key.ljust(KEY_BYTES_MAX, "x")
     await bus.ok("put", codec=codec, key=longest, value="1")
-    for verb, fields in (("get", {}), ("put", {"value": "1"}), ("delete", {})):
+    for verb, fields in VERBS:
         reply = await bus.ask(verb, codec=codec, key=longest + "x", **fields)
         assert_failure(reply, "KEY_TOO_LARGE", 413, says="4096")
     assert (await bus.ok("get", codec=codec, key=longest))["found"] is True
@@ -215,9 +224,7 @@ async def test_request_numbers_come_in_any_order_and_with_gaps(bus: Bus, key: st
     firsts = [
         await bus.ok("put", key=key, value=str(n), request_id=f"{client}:{n}") for n in numbers
     ]
-    again = [
-        await bus.ok("put", key=key, value="x", request_id=f"{client}:{n}") for n in numbers
-    ]
+    again = [await bus.ok("put", key=key, value="x", request_id=f"{client}:{n}") for n in numbers]
     assert again == firsts
     assert (await bus.ok("get", key=key))["value"] == "77"
 
@@ -236,7 +243,12 @@ async def test_a_repeated_batch_gives_the_first_results(bus: Bus, key: str) -> N
 
 async def test_a_failed_precondition_is_judged_again(bus: Bus, key: str) -> None:
     await bus.ok("put", key=key, value="1")
-    fields = {"key": key, "value": "2", "if_absent": True, "request_id": f"{unique('client')}:1"}
+    fields: dict[str, Any] = {
+        "key": key,
+        "value": "2",
+        "if_absent": True,
+        "request_id": f"{unique('client')}:1",
+    }
     assert (await bus.ask("put", **fields)).code == "PRECONDITION_FAILED"
     await bus.ok("delete", key=key)
     assert (await bus.ok("put", **fields))["found"] is False
@@ -246,28 +258,33 @@ async def test_a_failed_precondition_is_judged_again(bus: Bus, key: str) -> None
 
 
 async def test_a_keyspace_that_is_not_there_is_named(bus: Bus, key: str) -> None:
-    for verb, fields in (("get", {"key": key}), ("put", {"key": key, "value": "1"}), ("scan", {})):
-        reply = await bus.ask(verb, keyspace="nope", **fields)
+    for verb, fields in VERBS:
+        reply = await bus.ask(verb, keyspace="nope", key=key, **fields)
         assert_failure(reply, "KEYSPACE_UNKNOWN", 404, says="'nope'")
+    assert (await bus.ask("scan", keyspace="nope")).code == "KEYSPACE_UNKNOWN"
 
 
 async def test_a_shard_answers_on_its_own_subject(bus: Bus, cluster: Cluster, key: str) -> None:
     epoch = (await cluster.shard())["epoch"]
     ops = [{"op": "put", "key": key, "value": "1"}, {"op": "get", "key": key}]
     put, got = (await bus.ok("shard.s1.request", epoch=epoch, ops=ops))["results"]
-    assert put == {"version": got["version"], "shard": "s1", "consistency": "quorum", "found": False}
+    assert put == {
+        "version": got["version"],
+        "shard": "s1",
+        "consistency": "quorum",
+        "found": False,
+    }
     assert got["value"] == "1"
     repeat = {"epoch": epoch, "ops": ops[:1], "request_id": f"{unique('client')}:1"}
     assert await bus.ok("shard.s1.request", **repeat) == await bus.ok("shard.s1.request", **repeat)
 
 
 @pytest.mark.parametrize("off_by", [-1, 1])
-async def test_another_epoch_is_refused(
-    bus: Bus, cluster: Cluster, key: str, off_by: int
-) -> None:
+async def test_another_epoch_is_refused(bus: Bus, cluster: Cluster, key: str, off_by: int) -> None:
     epoch = (await cluster.shard())["epoch"] + off_by
     ops = [{"op": "put", "key": key, "value": "1"}]
-    for form in ({"ops": ops}, {"scan": {}}):
+    forms: list[dict[str, Any]] = [{"ops": ops}, {"scan": {}}]
+    for form in forms:
         reply = await bus.ask("shard.s1.request", epoch=epoch, **form)
         assert_failure(reply, "STALE_EPOCH", 421, retry=True, says="read the map")
     assert (await bus.ok("get", key=key))["found"] is False

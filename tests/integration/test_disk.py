@@ -106,10 +106,11 @@ def _scribble(path: Path, *, at: float, bytes_count: int = 4096) -> None:
         file.write(b"\x5a" * bytes_count)
 
 
-def _change(path: Path, *statements: str) -> None:
+def _change(path: Path, *statements: str) -> object:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         for statement in statements:
             db.execute(statement)
+    return None
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -119,7 +120,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         log, "UPDATE entries SET body = substr(body, 1, 50) || x'00' || substr(body, 52)"
         " WHERE last = 100"),
     "not a database": lambda log: log.write_bytes(b"this is no database\n" * 1000),
-    "another database": lambda log: (log.unlink(), _change(log, "CREATE TABLE t (a)")),
+    "another database": lambda log: _change(log.with_suffix(".new"), "CREATE TABLE t (a)")
+    or log.with_suffix(".new").replace(log),
     "half of it": lambda log: log.write_bytes(log.read_bytes()[: log.stat().st_size // 2]),
     "an entry missing": lambda log: _change(log, "DELETE FROM entries WHERE last = 100"),
     "text for an entry": lambda log: _change(log, "UPDATE entries SET body = 'x' WHERE last = 100"),

@@ -49,13 +49,16 @@ class Command:
         return (await self.run(*arguments)).stdout
 
     async def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        done = await asyncio.to_thread(
-            subprocess.run, [self._cli, f"--server={self._url}", *arguments],
+        done = await asyncio.to_thread(self._run, *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self._cli, f"--server={self._url}", *arguments],
             capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL,
             env={"HOME": str(self._home), "XDG_CONFIG_HOME": str(self._home)}, check=False,
         )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done
 
 
 async def test_request_and_answer(nats: Command, cluster: Cluster) -> None:

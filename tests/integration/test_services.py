@@ -19,7 +19,10 @@ COUNT = {"type": "integer", "minimum": 0}
 IDENTITY = {
     "name": NAME,
     "id": {"type": "string", "minLength": 1},
-    "version": {"type": "string", "pattern": r"^\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$"},
+    "version": {
+        "type": "string",
+        "pattern": r"^\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$",
+    },
     "metadata": TEXT_MAP,
 }
 ENDPOINT = {"name": NAME, "subject": {"type": "string", "minLength": 1}, "queue_group": NAME}

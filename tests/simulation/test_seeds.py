@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from bus_kv.client import session
 from bus_kv.knobs import Knobs
 from nodes.machine.dedup import DedupWindow
-from nodes.machine.replica import Replica
+from nodes.machine.judge import Judge
+from nodes.machine.replica import Replica, Status
+from nodes.machine.table import Table
 from tests.simulator.__main__ import run_many
 from tests.simulator.run import run
 from tests.simulator.world import Violation
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
     from bus_kv.protocol.batch import BatchReply
 
-SEEDS = int(os.environ.get("BUS_KV_SIM_SEEDS", "300"))
+SEEDS = int(os.environ.get("BUS_KV_SIM_SEEDS", "200"))
 
 
 @pytest.mark.timeout(600)
@@ -79,7 +82,6 @@ def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 def restarted_primary_resumes_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that comes back goes on serving the epoch it had opened in its former life."""
     from nodes.machine.node import NodeMachine
-    from nodes.machine.replica import Status
 
     follow = NodeMachine.follow
 
@@ -91,6 +93,49 @@ def restarted_primary_resumes_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(NodeMachine, "follow", resume)
 
 
+def seal_told_before_it_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A promise is answered while it is on its way to the disk."""
+    from nodes.machine.node import NodeMachine
+
+    persist = NodeMachine.persist
+
+    def hasty(self: NodeMachine, replica: Replica, then: Callable[[], None]) -> None:
+        then()
+        persist(self, replica, lambda: None)
+
+    monkeypatch.setattr(NodeMachine, "persist", hasty)
+
+
+def expiry_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record goes a second before its lifetime is over."""
+    pop = Table.pop_expired
+    monkeypatch.setattr(
+        Table, "pop_expired", lambda self, time_ms, count: pop(self, time_ms + 1000, count)
+    )
+
+
+def batch_results_taken_at_their_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch whose first sending was never answered is told the refusals of its second as the whole truth."""
+    monkeypatch.setattr(session, "_judged", lambda call, result: result)
+
+
+def condition_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write is done whatever it asks of the key."""
+    monkeypatch.setattr(Judge, "_holds", lambda self, i, record: True)
+
+
+def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary serves without having been told that its epoch is ACTIVE."""
+    on_durable = Replica.on_durable
+
+    def serve(self: Replica, seq: int) -> None:
+        on_durable(self, seq)
+        if self.status is Status.OPENED:
+            self.activate(self.shard)
+
+    monkeypatch.setattr(Replica, "on_durable", serve)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("plant", "promise"),
@@ -99,6 +144,11 @@ def restarted_primary_resumes_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None
         (dedup_lost_at_restart, "exactly once"),
         (read_from_the_tail, "linearizability"),
         (restarted_primary_resumes_its_epoch, "R7"),
+        (seal_told_before_it_is_durable, "R1"),
+        (serves_before_active, "step 4"),
+        (expiry_too_early, "R5"),
+        (batch_results_taken_at_their_word, "definite"),
+        (condition_ignored, "against its condition"),
     ],
 )
 def test_a_planted_bug_is_caught(

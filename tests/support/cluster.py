@@ -21,7 +21,7 @@ import nats
 from nats.errors import NoRespondersError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from nats.aio.client import Client as NatsClient
 
@@ -68,6 +68,15 @@ _numbers = itertools.count(1)
 def unique(prefix: str) -> str:
     """A name that no other test has."""
     return f"{prefix}-{next(_numbers)}"
+
+
+async def until(condition: Callable[[], Awaitable[bool]], deadline_s: float = 15.0) -> None:
+    """Return when the condition holds. Raises TimeoutError."""
+    async with asyncio.timeout(deadline_s):
+        while True:
+            if await condition():
+                return
+            await asyncio.sleep(POLL_S)
 
 
 def encode(fields: Mapping[str, Any], codec: str) -> bytes:
@@ -207,10 +216,12 @@ class Cluster:
 
     async def wait_exit(self, name: str, deadline_s: float = 15.0) -> tuple[int, str]:
         """The exit code, and what was written since the start."""
-        async with asyncio.timeout(deadline_s):
-            while (code := self._processes[name].poll()) is None:
-                await asyncio.sleep(POLL_S)
-        return code, self.log(name)
+
+        async def has_ended() -> bool:
+            return not self.is_running(name)
+
+        await until(has_ended, deadline_s)
+        return self._processes[name].returncode, self.log(name)
 
     async def close(self) -> None:
         """End everything, and insist that no process has shown a traceback to its user."""

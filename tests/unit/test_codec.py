@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from bus_kv.errors import MalformedRequest
 from bus_kv.protocol.codec import (
-    BYTE_FIELDS, Codec, codec_of, decode_body, decode_cbor, encode_body, encode_json,
+    BYTE_FIELDS,
+    Codec,
+    codec_of,
+    decode_body,
+    decode_cbor,
+    encode_body,
+    encode_json,
 )  # fmt: skip
 
 TEXT = st.text('aZ_{}[]":\\,u0\x00\n\u00e9\u2603\U0001f600', max_size=12)
@@ -90,7 +96,8 @@ def test_deep_nesting_is_malformed(head: bytes, open: bytes, close: bytes, depth
 @pytest.mark.parametrize("tag", [0, 1, 2, 3, 4, 5, 21, 24, 25, 28, 29, 30, 32, 35, 36, 37, 52, 54,
                                  100, 104, 256, 258, 260, 261, 1004, 43000, 55799, 2**40])  # fmt: skip
 def test_every_tag_is_malformed(tag: int) -> None:
-    for content in (b"x", "x", 1, [1, 2], {}):
+    contents: list[Any] = [b"x", "x", 1, [1, 2], {}]
+    for content in contents:
         body = cbor2.dumps({"key": cbor2.CBORTag(tag, content)})
         with pytest.raises(MalformedRequest):
             decode_cbor(body)

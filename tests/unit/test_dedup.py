@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus_kv.errors import OutcomeUnknown
+from bus_kv.knobs import Knobs
 from bus_kv.protocol.batch import ABSENT, APPLIED, CREATED, DELETED, PUT, REFUSED, REPLACED, Batch
 from nodes.machine.dedup import DedupWindow, Run
 
 WINDOW_MS = 1000
+KNOBS = Knobs(dedup_window_ms=WINDOW_MS, dedup_clients_max=10)
 OUTCOMES = st.sampled_from([REFUSED, CREATED, REPLACED, DELETED, ABSENT])
 
 
@@ -38,7 +40,7 @@ def log(window: DedupWindow, batch: Batch, outcomes: bytes, first: int, time_ms:
 def test_within_the_window_each_identity_is_remembered(
     batches: list[Batch], data: st.DataObject
 ) -> None:
-    window, model, seq = DedupWindow(WINDOW_MS, 10), dict[Any, Any](), 0
+    window, model, seq = DedupWindow(KNOBS), dict[Any, Any](), 0
     for batch in batches:
         seen = window.seen(batch)
         assert seen == {
@@ -46,9 +48,7 @@ def test_within_the_window_each_identity_is_remembered(
             for i in range(len(batch))
             if (batch.client, *batch.identity(i)) in model
         }
-        outcomes = bytes(
-            REFUSED if i in seen else data.draw(OUTCOMES) for i in range(len(batch))
-        )
+        outcomes = bytes(REFUSED if i in seen else data.draw(OUTCOMES) for i in range(len(batch)))
         log(window, batch, outcomes, seq + 1, time_ms=0)
         for i, outcome in enumerate(outcomes):
             if outcome in APPLIED:
@@ -58,7 +58,7 @@ def test_within_the_window_each_identity_is_remembered(
 
 @given(st.lists(st.tuples(BATCHES, st.integers(0, 900)), max_size=12))
 def test_what_is_forgotten_is_never_taken_for_new(steps: list[tuple[Batch, int]]) -> None:
-    window, model, time_ms = DedupWindow(WINDOW_MS, 10), dict[Any, Any](), 0
+    window, model, time_ms = DedupWindow(KNOBS), dict[Any, Any](), 0
     for batch, later_ms in steps:
         time_ms += later_ms
         seen = window.seen(batch)
@@ -77,7 +77,7 @@ def test_what_is_forgotten_is_never_taken_for_new(steps: list[tuple[Batch, int]]
 
 
 def test_a_request_older_than_the_window_is_not_to_be_sent_again() -> None:
-    window, batch = DedupWindow(WINDOW_MS, 10), make_batch("a", [(7, 0)])
+    window, batch = DedupWindow(KNOBS), make_batch("a", [(7, 0)])
     log(window, batch, bytes([CREATED]), 1, time_ms=0)
     log(window, make_batch("b", [(1, 0)]), bytes([CREATED]), 2, time_ms=WINDOW_MS + 1)
     forgotten = window.seen(batch)[0]
@@ -87,6 +87,6 @@ def test_a_request_older_than_the_window_is_not_to_be_sent_again() -> None:
 
 
 def test_numbers_of_two_clients_do_not_meet() -> None:
-    window = DedupWindow(WINDOW_MS, 10)
+    window = DedupWindow(KNOBS)
     log(window, make_batch("a", [(7, 0)]), bytes([CREATED]), 1, time_ms=0)
     assert window.seen(make_batch("b", [(7, 0)])) == {}

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from bus_kv.errors import MalformedRequest
 from bus_kv.protocol.batch import (
-    ABSENT, CREATED, DELETED, PUT, REFUSED, REPLACED, Batch,
+    ABSENT,
+    CREATED,
+    DELETED,
+    PUT,
+    REFUSED,
+    REPLACED,
+    Batch,
 )  # fmt: skip
 from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.entry import Entry, applied_count, decode_entry

@@ -11,8 +11,21 @@ from hypothesis import strategies as st
 from bus_kv.protocol.codec import decode_body, encode_json
 from bus_kv.protocol.routes import routes_from_public
 from bus_kv.protocol.shard_map import (
-    Configuration, Keyspace, Member, Node, NodeState, Shard, ShardMap, ShardState, apply_delta,
-    delta, from_document, shard_from_document, shard_to_document, to_document, token_of,
+    Configuration,
+    Keyspace,
+    Member,
+    Node,
+    NodeState,
+    Shard,
+    ShardMap,
+    ShardState,
+    apply_delta,
+    delta,
+    from_document,
+    shard_from_document,
+    shard_to_document,
+    to_document,
+    token_of,
 )  # fmt: skip
 
 KEYS = st.binary(min_size=1, max_size=4)
@@ -21,7 +34,9 @@ BOUNDS = KEYS | st.sampled_from([b"base64:x", b"\xff\xfe", b"base64:"])
 
 def make_shard(id: str, start: bytes, end: bytes | None, epoch: int) -> Shard:
     member = Member("n1", "incarnation")
-    last = Configuration(epoch - 1, "before", (member, Member("n2", "other"))) if epoch > 1 else None
+    last = (
+        Configuration(epoch - 1, "before", (member, Member("n2", "other"))) if epoch > 1 else None
+    )
     return Shard(
         id, "default", start, end, epoch, f"token-{epoch}", (member,), "n1", ShardState.ACTIVE,
         last, ((epoch, "tried"),), (Member("n3", "learner"),),

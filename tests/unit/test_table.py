@@ -48,9 +48,7 @@ def test_pages_of_a_scan_are_the_sorted_range(
 ) -> None:  # fmt: skip
     table, model = Table(), dict[bytes, Record]()
     applied(table, model, steps)
-    wanted = sorted(
-        (k for k in model if k >= start and (end is None or k < end)), reverse=reverse
-    )
+    wanted = sorted((k for k in model if k >= start and (end is None or k < end)), reverse=reverse)
     request = ScanRequest("default", None, start, end, limit, reverse)
     found: list[bytes] = []
     position: bytes | None = b""

@@ -1,0 +1,76 @@
+"""Single stories in the simulator: one fault at one exact moment, and how it must end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import cbor2
+
+from bus_kv.knobs import Knobs
+from tests.simulator.cluster import Cluster, Shape
+from tests.simulator.world import SECOND_NS, START_NS, World
+
+if TYPE_CHECKING:
+    from bus_kv.core.machine import Publish
+
+
+def quiet_cluster(nodes: int) -> Cluster:
+    """A cluster in which nothing fails by itself."""
+    knobs = Knobs(heartbeat_interval_s=1.0, layout_wait_s=0.5, lease_s=1.0)
+    shape = Shape(nodes, 1, 0, 0.0, 0.0, 0.0, SECOND_NS, knobs)
+    cluster = Cluster(World(1), shape)
+    cluster.start()
+    return cluster
+
+
+def tells_opened(message: Publish) -> bool:
+    is_answer = message.subject.startswith("_INBOX.") and message.body[:1] != b"{"
+    return is_answer and cbor2.loads(message.body).get("type") == "opened"
+
+
+def test_a_primary_killed_after_opening_and_before_telling_gets_a_new_epoch() -> None:
+    """Its opening entry is on disk, so the epoch can neither be opened again nor resumed (found by a seed: the
+    coordinator asked it for ever to open the epoch that it had opened)."""
+    cluster = quiet_cluster(nodes=1)
+    world, node = cluster.world, cluster.nodes[0]
+
+    def die_instead(message: Publish) -> None:
+        if tells_opened(message):
+            node.crash()
+            node.cut_out = True
+            world.after(SECOND_NS, come_back)
+
+    def come_back() -> None:
+        node.cut_out = False
+        cluster.start_node(node)
+
+    node.tap = die_instead
+    world.run_until(START_NS + 30 * SECOND_NS, done=lambda: cluster.is_serving)
+    assert cluster.is_serving
+    assert cluster.map().shards["s1"].epoch == 2
+
+
+def test_a_shard_that_never_served_goes_to_another_node_when_its_first_dies() -> None:
+    cluster = quiet_cluster(nodes=2)
+    world, first = cluster.world, cluster.nodes[0]
+
+    def die_instead(message: Publish) -> None:
+        if tells_opened(message):
+            first.crash()
+            first.cut_out = True
+
+    first.tap = die_instead
+    world.run_until(START_NS + 30 * SECOND_NS, done=lambda: cluster.is_serving)
+    assert cluster.is_serving
+    assert cluster.map().shards["s1"].primary == "n2"
+
+
+def test_a_node_alone_in_the_world_recovers_from_a_kill_within_seconds() -> None:
+    cluster = quiet_cluster(nodes=1)
+    world, node = cluster.world, cluster.nodes[0]
+    world.run_until(START_NS + 10 * SECOND_NS, done=lambda: cluster.is_serving)
+    node.crash()
+    cluster.start_node(node)
+    world.run_until(START_NS + 20 * SECOND_NS, done=lambda: cluster.is_serving)
+    assert cluster.is_serving
+    assert cluster.map().shards["s1"].epoch == 2
