@@ -14,6 +14,7 @@ from bus_kv.core.endpoints import Endpoint
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 from bus_kv.runtime.nats_bus import BusError, NatsBus
+from bus_kv.runtime.process import unless_stopped
 from bus_kv.runtime.service import Service, ServiceInfo
 from bus_kv.subjects import Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
@@ -35,8 +36,9 @@ class CoordinatorOptions:
 async def serve_coordinator(options: CoordinatorOptions, stop: asyncio.Event) -> int:
     """Run a coordinator until `stop`. Raises BusUnreachable, CredentialsRefused, BusError without JetStream."""
     bus = NatsBus(options.connection)
-    await bus.open()
     try:
+        if not await unless_stopped(bus.open(), stop):
+            return 0
         return await _serve(options, bus, stop)
     finally:
         await bus.close()

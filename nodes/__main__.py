@@ -27,6 +27,9 @@ def main() -> int:
     if not is_id(arguments.id):
         print("bus-kv: --id has 1 to 64 letters, digits, '-' and '_'", file=sys.stderr)
         return USAGE
+    if arguments.weight < 1 or arguments.zone == "":
+        print("bus-kv: --weight is 1 or more, --zone has a name", file=sys.stderr)
+        return USAGE
     set_up_logging(arguments.id)
     try:
         connection = connection_of(arguments, os.environ, f"bus_kv node {arguments.id}")

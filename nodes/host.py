@@ -17,7 +17,7 @@ from bus_kv.protocol.sizes import MAX_PAYLOAD_BYTES_MIN
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 from bus_kv.runtime.nats_bus import BusError, NatsBus
-from bus_kv.runtime.process import ProcessError
+from bus_kv.runtime.process import ProcessError, unless_stopped
 from bus_kv.runtime.service import Service, ServiceInfo
 from bus_kv.subjects import QUEUE, Subjects
 from nodes.log import DiskError, NodeLog
@@ -71,8 +71,9 @@ class NodeHost:
         self._driver: Driver
 
     async def run(self, stop: asyncio.Event) -> int:
-        await self._bus.open()
         try:
+            if not await unless_stopped(self._bus.open(), stop):
+                return 0
             self._build()
             await self._listen()
             return await self._serve(stop)

@@ -21,6 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Append, AppendCompleted, AppendStalled, EntryRow, ReplicaRow
+from nodes.wal import cut_commits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,6 +88,9 @@ class NodeLog:
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         db.execute("PRAGMA cache_size = -8192")
+        _, valid_frames, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if cut_commits(self.path.with_name(f"{LOG_NAME}-wal"), valid_frames) > 1:
+            raise _damaged(self.path, "its write-ahead log has a bad frame before whole commits")
         return db
 
     def _identify(self, node: str) -> str:
@@ -104,6 +108,10 @@ class NodeLog:
             _sync_directory(self._directory.absolute().parent)
             return meta["incarnation"]
         meta = dict(self._db.execute("SELECT name, value FROM meta").fetchall())
+        if not meta.keys() >= {"format_version", "node", "incarnation"}:
+            raise _damaged(self.path, "it does not say whose it is")
+        if not meta["format_version"].isdigit():
+            raise _damaged(self.path, "it does not say its format")
         version = int(meta["format_version"])
         if version > FORMAT_VERSION:
             raise DiskError(
@@ -287,7 +295,7 @@ def _damaged(path: Path, reason: str) -> DiskError:
 
 def _explain(path: Path, error: Exception) -> DiskError:
     code = getattr(error, "sqlite_errorname", "")
-    if code.startswith("SQLITE_FULL"):
+    if code.startswith(("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")):
         return DiskFull(f"no space left for {path}")
     if code.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
         return DiskError(f"the log {path} cannot be opened for writing: {error}")

@@ -370,7 +370,7 @@ class Session:
 
     def _tell_receipts(self, sent: _Sent, reply: BatchReply, now_ns: int) -> None:
         shard, level, done = sent.lane.shard, sent.lane.consistency, self._done
-        versions, outcomes, failures = reply.versions(), reply.outcomes, reply.errors
+        versions, outcomes, failures = reply.versions(), reply.outcomes, reply.failures
         for i, operation in enumerate(sent.operations):
             if i in failures:
                 self._pending += 1

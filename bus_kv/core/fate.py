@@ -33,5 +33,6 @@ class Fate:
         if not self.unanswered or not failure.definite:
             return failure
         return OutcomeUnknown(
-            f"an earlier attempt may have been applied; the last one: {failure.message}"
+            "an earlier attempt may have been applied; send it again with the same request_id to "
+            f"learn (the last attempt: {failure.message})"
         )

@@ -263,7 +263,7 @@ def split_batch(batch: Batch, bytes_max: int) -> list[Batch]:
 
 @dataclass(slots=True)
 class BatchReply:
-    """Outcomes of a batch, columnar as well. `errors` holds wire bodies of what was refused, by operation."""
+    """Outcomes of a batch, columnar as well. `failures` holds wire bodies of what was refused, by operation."""
 
     outcomes: bytes
     epochs: int | list[int]
@@ -272,7 +272,7 @@ class BatchReply:
     """Seq of each operation's version, 0 where there is none; a plain number n means n, n+1, n+2 …"""
     values: list[bytes | None] | None = None
     expires_at: dict[int, int] = field(default_factory=dict)
-    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
+    failures: dict[int, dict[str, Any]] = field(default_factory=dict)
     read: tuple[int, int, int] | None = None
     """(epoch, seq, age_ms) of the state that a ONE read was answered from."""
 
@@ -297,7 +297,7 @@ class BatchReply:
         for name in ("values", "read"):
             if getattr(self, name):
                 wire[name] = getattr(self, name)
-        for name in ("expires_at", "errors"):
+        for name in ("expires_at", "failures"):
             if getattr(self, name):
                 wire[name] = [*getattr(self, name).items()]
         return wire
@@ -305,7 +305,7 @@ class BatchReply:
 
 def decode_batch_reply(wire: dict[str, Any]) -> BatchReply:
     """Read the `batch` field of a shard's answer."""
-    for name in ("expires_at", "errors"):
+    for name in ("expires_at", "failures"):
         if name in wire:
             wire[name] = dict(wire[name])
     return BatchReply(**wire)

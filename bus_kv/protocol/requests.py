@@ -301,8 +301,8 @@ VERBS = tuple(_PARSERS)
 
 def result_of(batch: Batch, reply: BatchReply, i: int, shard: str, node: str) -> dict[str, Any]:
     """The reply of contract §2 to one operation of a batch; a failed one is its failure body."""
-    if i in reply.errors:
-        return reply.errors[i]
+    if i in reply.failures:
+        return reply.failures[i]
     version = reply.version(i)
     if batch.kinds[i] == b.GET:
         return _get_result(batch, reply, i, shard, node)

@@ -53,7 +53,6 @@ class Driver:
         self._refuse = refuse
         self._inbox: list[Event] = []
         self._inbox_max = inbox_messages_max
-        self._refused: list[Publish] = []
         self._wake = asyncio.Event()
         self._turned = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -62,18 +61,17 @@ class Driver:
 
     # ---- events in ----
 
-    def offer(self, event: Event) -> None:
-        """Hand an event to the next turn. A request that finds the inbox full is refused at once; the few messages of
-        the control plane have as much room again."""
+    def offer(self, event: Event) -> Publish | None:
+        """Hand an event to the next turn. A request that finds the inbox full is not taken: the answer to it is
+        returned. The few messages of the control plane have as much room again."""
         waiting = len(self._inbox)
-        if not isinstance(event, Received) or waiting < self._inbox_max:
-            self._inbox.append(event)
-        elif (refusal := self._refuse and self._refuse(event)) is not None:
-            if len(self._refused) < self._inbox_max:
-                self._refused.append(refusal)
-        elif waiting < 2 * self._inbox_max:
-            self._inbox.append(event)
+        if isinstance(event, Received) and waiting >= self._inbox_max:
+            refusal = self._refuse(event) if self._refuse else None
+            if refusal is not None or waiting >= 2 * self._inbox_max:
+                return refusal
+        self._inbox.append(event)
         self._wake.set()
+        return None
 
     def wake(self) -> None:
         """Run a turn soon: the machine was told something directly."""
@@ -85,7 +83,9 @@ class Driver:
         async def on_message(message: Any) -> None:
             subject, body, reply = message.subject, message.data, message.reply
             name = subject.rpartition(".")[2] if channel != "shard" else subject.split(".")[-2]
-            self.offer(Received(channel, name, body, reply, message.headers))
+            refusal = self.offer(Received(channel, name, body, reply, message.headers))
+            if refusal is not None:
+                await self._perform(refusal)
 
         return await self._bus.subscribe(subject, on_message, queue)
 
@@ -103,8 +103,7 @@ class Driver:
         if ready.append is not None:
             assert self._log is not None
             self._log.append(ready.append)
-        refused, self._refused = self._refused, []
-        for effect in (*refused, *ready.effects):
+        for effect in ready.effects:
             await self._perform(effect)
         self._turned.set()
 

@@ -24,6 +24,7 @@ from nats.js.api import KeyValueConfig, StorageType
 from nats.js.errors import (
     APIError,
     BucketNotFoundError,
+    KeyDeletedError,
     KeyNotFoundError,
     KeyWrongLastSequenceError,
     NotFoundError,
@@ -187,7 +188,7 @@ class NatsBus:
     def reply_subject(self, correlation: int) -> str:
         return f"{self._inbox}.{correlation}"
 
-    async def answer_to(self, on_response: Callable[[Responded], None]) -> None:
+    async def answer_to(self, on_response: Callable[[Responded], object]) -> None:
         """Lead the answers to our requests to `on_response`."""
         prefix = len(self._inbox) + 1
 
@@ -250,7 +251,8 @@ class NatsBus:
         self._closing = True
         if self._reopening is not None:
             self._reopening.cancel()
-        with contextlib.suppress(TimeoutError, NatsError, OSError):
+        # uvloop says RuntimeError of a transport that is closing while the server is away.
+        with contextlib.suppress(TimeoutError, NatsError, OSError, RuntimeError):
             async with asyncio.timeout(2.0):
                 await self._client.close()
 
@@ -323,6 +325,8 @@ class MapStore:
         """Read through the stream's leader."""
         try:
             entry = await (await self._bucket_now()).get(key)
+        except KeyDeletedError as error:
+            return Stored(correlation, error.entry.revision or 0)
         except (KeyNotFoundError, BucketNotFoundError, NotFoundError):
             return Stored(correlation)
         except (NatsError, TimeoutError, OSError) as error:

@@ -58,6 +58,20 @@ async def _with_signals(main: Callable[[asyncio.Event], Coroutine[None, None, in
     return await main(stop)
 
 
+async def unless_stopped(task: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
+    """Run `task` to its end, or until `stop`; False when it was stopped. Raises what the task raises."""
+    work = asyncio.ensure_future(task)
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([work, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not work.done():
+        work.cancel()
+        await asyncio.wait([work], timeout=2.0)
+        return False
+    work.result()
+    return True
+
+
 def _fail(error: Exception | str, code: int) -> int:
     print(f"bus-kv: {error}", file=sys.stderr, flush=True)
     return code

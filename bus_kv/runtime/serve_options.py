@@ -67,6 +67,6 @@ def knobs_of(arguments: argparse.Namespace) -> Knobs:
             changes[name] = types[name](value)
         except ValueError:
             raise ValueError(f"knob {name} takes a number, not {value!r}") from None
-        if changes[name] <= 0:
-            raise ValueError(f"knob {name} is greater than 0, not {value}")
+        if not 0 < changes[name] < float("inf"):
+            raise ValueError(f"knob {name} is a number greater than 0, not {value}")
     return replace(defaults, **changes)  # type: ignore[arg-type]  # converted to each field's type

@@ -241,7 +241,7 @@ class CoordinatorMachine:
             return
         if stored.failure is not None:
             # Conflict or no answer: only a read tells. A store that fails is asked again after a pause.
-            pause_ns = 0 if stored.conflict else 200 * MILLISECOND_NS
+            pause_ns = (20 if stored.conflict else 200) * MILLISECOND_NS
             self._timers.start("store", self.now_ns + pause_ns)
             return
         self._store_pending = 0

@@ -266,7 +266,7 @@ class Gateway:
         results = [
             result_of(part.batch, reply, i, part.shard, primary) for i in range(len(part.batch))
         ]
-        for i, body in reply.errors.items():
+        for i, body in reply.failures.items():
             results[i] = part.verdict(from_body(body)).to_body()
         for i, outcome in enumerate(reply.outcomes):
             if outcome == b.UNANSWERED:

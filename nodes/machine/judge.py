@@ -51,7 +51,7 @@ class Judge:
                 self._get(i)
             else:
                 self._write(i, kind)
-        if self.batch.atomic and self.reply.errors:
+        if self.batch.atomic and self.reply.failures:
             self._undo()
         self.reply.outcomes = bytes(self.outcomes)
         self._add_values()
@@ -63,7 +63,7 @@ class Judge:
     def _repeat(self, i: int) -> None:
         earlier = self.seen[i]
         if isinstance(earlier, OutcomeUnknown):
-            self.reply.errors[i] = earlier.to_body()
+            self.reply.failures[i] = earlier.to_body()
         else:
             self._result(i, *earlier)
 
@@ -100,7 +100,7 @@ class Judge:
         have = "absent" if version is None else f"at version {list(version)}"
         want = "absent" if wanted is None else f"at version {list(wanted)}"
         failure = PreconditionFailed(f"the key is {have}, not {want}; read it again")
-        self.reply.errors[i] = failure.to_body()
+        self.reply.failures[i] = failure.to_body()
         return False
 
     def _result(self, i: int, version: b.Version, outcome: int) -> None:
@@ -111,12 +111,12 @@ class Judge:
 
     def _undo(self) -> None:
         """An atomic batch with a refused operation does nothing."""
-        cause = min(self.reply.errors)
+        cause = min(self.reply.failures)
         failure = PreconditionFailed(
             f"operation {cause} of the atomic batch was refused; nothing was done"
         )
-        self.reply.errors = {
-            i: self.reply.errors.get(i, failure.to_body()) for i in range(len(self.batch))
+        self.reply.failures = {
+            i: self.reply.failures.get(i, failure.to_body()) for i in range(len(self.batch))
         }
         count = len(self.batch)
         self.writes, self.logged, self.outcomes = {}, bytearray(count), bytearray(count)

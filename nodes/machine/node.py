@@ -147,7 +147,7 @@ class NodeMachine:
         self._timers.start("hello", now_ns + HELLO_WAIT_NS)
 
     def _run(self) -> None:
-        self._running = True
+        self._running, self._hello = True, None
         self._effects.append(Subscribe("verb", "", True))
         self.fetch_map()
         self.beat()

@@ -310,7 +310,7 @@ class Replica:
             version = reply.version(i)
             if outcome in b.APPLIED and version is not None:
                 failure = ConsistencyNotMet(message, met="quorum", version=list(version))
-                reply.errors[i] = failure.to_body()
+                reply.failures[i] = failure.to_body()
 
     def _answer_at_end(self, reply: BatchReply, deadline_ns: int, respond: Respond) -> None:
         if self.last[1] <= self.commit_seq:
@@ -410,7 +410,9 @@ class Replica:
             late = [w for w in self._waiting if w.deadline_ns <= now_ns]
             self._waiting = deque(w for w in self._waiting if w.deadline_ns > now_ns)
             for waiting in late:
-                waiting.respond(OutcomeUnknown("the write is not durable yet; send it again"))
+                waiting.respond(
+                    OutcomeUnknown("not durable yet; send it again with the same request_id")
+                )
         self.expire(now_ns // 1_000_000)
 
     def fail_waiting(self, reason: str) -> None:

@@ -36,7 +36,9 @@ async def test_nodes_client_and_command_line_reach_a_guarded_cluster(
         async with bus_kv.connect(options=secure.client) as db:
             await db.put("apple", "fruit")
             assert (await db.get("apple")).text == "fruit"
-        done = await run_module("bus_kv", "get", "apple", *secure.client.argv(), env=secure.client.env())
+        done = await run_module(
+            "bus_kv", "get", "apple", *secure.client.argv(), env=secure.client.env()
+        )
         assert (done.code, done.out) == (0, b"fruit")
 
 
@@ -44,6 +46,8 @@ async def test_whoever_is_refused_is_told_so(secure: SecureNats) -> None:
     with pytest.raises(CredentialsRefused, match="refused the connection"):
         async with bus_kv.connect(options=secure.refused):
             pass
-    done = await run_module("bus_kv", "get", "apple", *secure.refused.argv(), env=secure.refused.env())
+    done = await run_module(
+        "bus_kv", "get", "apple", *secure.refused.argv(), env=secure.refused.env()
+    )
     assert done.code == 1
     assert "refused the connection" in done.err

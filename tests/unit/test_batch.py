@@ -175,5 +175,5 @@ def test_a_reply_comes_back_from_the_wire(
     again = decode_batch_reply(decode_cbor(encode_cbor(reply.to_wire())))
     assert [again.version(i) for i in range(count)] == [reply.version(i) for i in range(count)]
     assert (again.outcomes, again.expires_at) == (outcomes, reply.expires_at)
-    assert again.errors == reply.errors
+    assert again.failures == reply.failures
     assert list(again.read or ()) == list(reply.read or ())
