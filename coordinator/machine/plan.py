@@ -84,7 +84,7 @@ def _nodes(old: ShardMap, heard: Heard) -> dict[str, Node]:
 
 def _lay_out(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]) -> ShardMap:
     """The first shard of a fresh cluster: the whole key space on the first node by id."""
-    if any(beat.shards or beat.map_version for beat in heard.beats.values()):
+    if any(b.shards or b.map_version > old.map_version for b in heard.beats.values()):
         # Nodes remember a map and the store does not: it was lost, and an empty shard would hide their data (R10).
         return old
     up = sorted(id for id, node in old.nodes.items() if node.state is NodeState.UP)
