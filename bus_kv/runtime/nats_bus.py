@@ -89,7 +89,7 @@ class NatsBus:
         self._client: NatsClient = NatsClient()
         self._subscriptions: dict[Subscription, None] = {}
         self._reopening: asyncio.Task[None] | None = None
-        self._closing = False
+        self._opened = self._closing = False
 
     async def open(self, deadline_s: float = 10.0) -> None:
         """Connect within `deadline_s`; from then on the connection comes back by itself whenever it is lost.
@@ -126,11 +126,11 @@ class NatsBus:
             raise BusUnreachable(
                 f"no NATS server answers at {self._options.addresses}{reason}"
             ) from None
-        except CredentialsRefused:
+        except (CredentialsRefused, asyncio.CancelledError):
             await self._abandon(client)
             raise
         client._error_cb = self._on_error  # the only way to be quiet after opening
-        self._client = client
+        self._client, self._opened = client, True
 
     async def _abandon(self, client: NatsClient) -> None:
         client._closed_cb = None  # this client never was ours
@@ -251,6 +251,8 @@ class NatsBus:
         self._closing = True
         if self._reopening is not None:
             self._reopening.cancel()
+        if not self._opened:
+            return
         # uvloop says RuntimeError of a transport that is closing while the server is away.
         with contextlib.suppress(TimeoutError, NatsError, OSError, RuntimeError):
             async with asyncio.timeout(2.0):
