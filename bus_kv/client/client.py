@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     Text: TypeAlias = str | bytes
 
 
-MANY_MAX = 50_000
-"""Operations of one put_many, get_many or delete_many that are under way at a time."""
+SLICE_OPERATIONS = 4000
+SLICES_MAX = 4
+"""put_many and its like go out in slices, so that the cluster works on one while the client prepares the next."""
 
 
 class _Group:
@@ -242,11 +244,18 @@ class Client:
         self, operations: list[Operation], keyspace: str, consistency: str | None
     ) -> list[Any]:
         outcomes: list[Any] = []
-        for i in range(0, len(operations), MANY_MAX):
-            slice = operations[i : i + MANY_MAX]
+        under_way: deque[asyncio.Future[list[Any]]] = deque()
+        for i in range(0, len(operations), SLICE_OPERATIONS):
+            slice = operations[i : i + SLICE_OPERATIONS]
             for operation in slice:
                 operation.keyspace, operation.consistency = keyspace, consistency
-            outcomes += await self._submit_slice(slice)
+            under_way.append(self._submit_slice(slice))
+            # Let it leave before the next one is prepared.
+            await asyncio.sleep(0)
+            if len(under_way) == SLICES_MAX:
+                outcomes += await under_way.popleft()
+        for future in under_way:
+            outcomes += await future
         for outcome in outcomes:
             if isinstance(outcome, BusKVError):
                 raise outcome
