@@ -3,8 +3,8 @@
 Theory of operation. `submit` gives every operation its own request number and puts it into a lane: one per shard, level
 and kind (reads never wait for writes). A turn sends what its lanes hold, so operations that were submitted together
 travel together and a lone one leaves at once. While messages of a lane are in flight, the next leaves when it is worth
-it (`client_fill_operations`) and the window allows. A message that fails or stays unanswered puts its operations back,
-numbers kept: the shard recognizes a repeat, so an operation takes effect once however often it is sent.
+it (`client_fill_reads`, `client_fill_writes`) and the window allows. A message that fails or stays unanswered puts its
+operations back, numbers kept: the shard recognizes a repeat, so an operation takes effect once, however often sent.
 """
 
 from __future__ import annotations
@@ -303,7 +303,12 @@ class Session:
         if not lane.in_flight:
             return True
         window = self._knobs.client_window_messages
-        return lane.in_flight < window and len(lane.waiting) >= self._knobs.client_fill_operations
+        return lane.in_flight < window and len(lane.waiting) >= self._fill(lane)
+
+    def _fill(self, lane: _Lane) -> int:
+        """How many operations make a message worth sending while others are in flight."""
+        knobs = self._knobs
+        return knobs.client_fill_reads if lane.reads else knobs.client_fill_writes
 
     def _send(self, lane: _Lane, now_ns: int) -> None:
         """Send the lane's next message, as full as its limits allow."""
@@ -320,7 +325,7 @@ class Session:
     def _cut(self, lane: _Lane) -> list[Operation]:
         waiting = lane.waiting
         # Half of what waits, so that the node works on one half while the client works on the other.
-        half = max(-(-len(waiting) // 2), self._knobs.client_fill_operations)
+        half = max(-(-len(waiting) // 2), self._fill(lane))
         count = min(
             len(waiting), half, self._knobs.client_batch_operations_max, self._sizes.operations
         )

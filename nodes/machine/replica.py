@@ -249,13 +249,11 @@ class Replica:
         seen = self._dedup.seen(batch)
         if seen or batch.conditions or batch.ttls_ms or batch.kinds.count(b.PUT) < len(batch):
             return Judge(self, batch, time_ms, seen).decide()
-        epoch, first = self.shard.epoch, self.last[1] + 1
-        latest = self.latest
-        outcomes = bytes(
-            [b.CREATED if latest(key) is None else b.REPLACED for key in batch.keys]
-        ) if len(set(batch.keys)) == len(batch.keys) else None  # fmt: skip
-        if outcomes is None:
-            return Judge(self, batch, time_ms, seen).decide()
+        epoch, first, latest = self.shard.epoch, self.last[1] + 1, self.latest
+        marks = [b.CREATED if latest(key) is None else b.REPLACED for key in batch.keys]
+        if len(set(batch.keys)) < len(batch.keys):
+            _mark_repeats(batch.keys, marks)
+        outcomes = bytes(marks)
         seqs = range(first, first + len(batch))
         writes: Writes = {
             key: (value, epoch, seq, None)  # type: ignore[misc]  # a put's value is bytes
@@ -421,3 +419,11 @@ class Replica:
             self._waiting.popleft().respond(
                 OutcomeUnknown(f"{reason}; send it again with the same request_id")
             )
+
+
+def _mark_repeats(keys: list[bytes], marks: list[int]) -> None:
+    """A key that stands twice in a batch is there the second time."""
+    first_at: dict[bytes, int] = {}
+    for i, key in enumerate(keys):
+        if first_at.setdefault(key, i) != i:
+            marks[i] = b.REPLACED
