@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.results import Entry, Receipt
-from bus_kv.client.session import Operation, Session
+from bus_kv.client.session import Session
 from bus_kv.errors import BusKVError, MalformedRequest, ShardUnavailable
 from bus_kv.knobs import KEY_BYTES_MAX, Knobs
 from bus_kv.protocol import batch as b
@@ -131,8 +131,7 @@ class Client:
         self, key: Text, *, consistency: str | None = None, keyspace: str = "default"
     ) -> Entry:
         """Read a key. An absent one is an Entry with `found` False."""
-        operation = Operation(b.GET, _key(key), None, None)
-        entry: Entry = await self._submit(operation, keyspace, consistency)
+        entry: Entry = await self._submit(b.GET, _key(key), None, keyspace, consistency)
         return entry
 
     async def put(
@@ -150,14 +149,20 @@ class Client:
                 "put", key, request_id, consistency, keyspace, value=_bytes(value), ttl_ms=ttl_ms,
                 if_absent=if_absent or None, if_version=if_version and list(if_version),
             )  # fmt: skip
-        operation = Operation(b.PUT, _key(key), self._value(value), None)
-        if if_absent or if_version is not None:
-            _check_condition(if_absent, if_version)
-            operation.has_condition, operation.condition = True, if_version
+        if if_absent and if_version is not None:
+            raise MalformedRequest("a put has if_absent or if_version, not both")
         if ttl_ms is not None:
             b.check_ttl(ttl_ms)
-            operation.ttl_ms = ttl_ms
-        receipt: Receipt = await self._submit(operation, keyspace, consistency)
+        receipt: Receipt = await self._submit(
+            b.PUT,
+            _key(key),
+            self._value(value),
+            keyspace,
+            consistency,
+            if_absent,
+            if_version,
+            ttl_ms,
+        )
         return receipt
 
     async def delete(
@@ -170,10 +175,9 @@ class Client:
                 "delete", key, request_id, consistency, keyspace,
                 if_version=if_version and list(if_version),
             )  # fmt: skip
-        operation = Operation(b.DELETE, _key(key), None, None)
-        if if_version is not None:
-            operation.has_condition, operation.condition = True, if_version
-        receipt: Receipt = await self._submit(operation, keyspace, consistency)
+        receipt: Receipt = await self._submit(
+            b.DELETE, _key(key), None, keyspace, consistency, False, if_version
+        )
         return receipt
 
     async def _named(
@@ -190,16 +194,16 @@ class Client:
         return Receipt(reply["shard"], version, reply["found"], reply["consistency"])
 
     def _submit(
-        self, operation: Operation, keyspace: str, consistency: str | None
-    ) -> asyncio.Future[Any]:
+        self, kind: int, key: bytes, value: bytes | None, keyspace: str, consistency: str | None,
+        if_absent: bool = False, if_version: Version | None = None, ttl_ms: int | None = None,
+    ) -> asyncio.Future[Any]:  # fmt: skip
         if self._closed:
             raise ShardUnavailable(self._closed)
-        operation.token = future = self._loop.create_future()
-        if keyspace != "default":
-            operation.keyspace = keyspace
-        if consistency is not None:
-            operation.consistency = consistency
-        self._session.submit(operation, self._clock.now_ns())
+        future = self._loop.create_future()
+        self._session.submit(
+            kind, key, value, future, self._clock.now_ns(), keyspace, consistency, if_absent,
+            if_version, ttl_ms,
+        )  # fmt: skip
         self._driver.wake()
         return future
 
@@ -216,40 +220,39 @@ class Client:
         ttl_ms: int | None = None, keyspace: str = "default",
     ) -> list[Receipt]:  # fmt: skip
         """Write many keys, not atomically; receipts in order. Raises the first failure when all have ended."""
-        operations = [Operation(b.PUT, _key(k), self._value(v), None) for k, v in items]
         if ttl_ms is not None:
             b.check_ttl(ttl_ms)
-            for operation in operations:
-                operation.ttl_ms = ttl_ms
-        receipts: list[Receipt] = await self._submit_many(operations, keyspace, consistency)
+        pairs = [(_key(key), self._value(value)) for key, value in items]
+        receipts: list[Receipt] = await self._submit_many(
+            b.PUT, pairs, keyspace, consistency, ttl_ms
+        )
         return receipts
 
     async def get_many(
         self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
     ) -> list[Entry]:
         """Read many keys; entries in order."""
-        operations = [Operation(b.GET, _key(key), None, None) for key in keys]
-        entries: list[Entry] = await self._submit_many(operations, keyspace, consistency)
+        pairs = [(_key(key), None) for key in keys]
+        entries: list[Entry] = await self._submit_many(b.GET, pairs, keyspace, consistency)
         return entries
 
     async def delete_many(
         self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
     ) -> list[Receipt]:
         """Delete many keys, not atomically; receipts in order."""
-        operations = [Operation(b.DELETE, _key(key), None, None) for key in keys]
-        receipts: list[Receipt] = await self._submit_many(operations, keyspace, consistency)
+        pairs = [(_key(key), None) for key in keys]
+        receipts: list[Receipt] = await self._submit_many(b.DELETE, pairs, keyspace, consistency)
         return receipts
 
     async def _submit_many(
-        self, operations: list[Operation], keyspace: str, consistency: str | None
-    ) -> list[Any]:
+        self, kind: int, pairs: Sequence[tuple[bytes, bytes | None]], keyspace: str,
+        consistency: str | None, ttl_ms: int | None = None,
+    ) -> list[Any]:  # fmt: skip
         outcomes: list[Any] = []
         under_way: deque[asyncio.Future[list[Any]]] = deque()
-        for i in range(0, len(operations), SLICE_OPERATIONS):
-            slice = operations[i : i + SLICE_OPERATIONS]
-            for operation in slice:
-                operation.keyspace, operation.consistency = keyspace, consistency
-            under_way.append(self._submit_slice(slice))
+        for i in range(0, len(pairs), SLICE_OPERATIONS):
+            slice = pairs[i : i + SLICE_OPERATIONS]
+            under_way.append(self._submit_slice(kind, slice, keyspace, consistency, ttl_ms))
             # Let it leave before the next one is prepared.
             await asyncio.sleep(0)
             if len(under_way) == SLICES_MAX:
@@ -261,15 +264,17 @@ class Client:
                 raise outcome
         return outcomes
 
-    def _submit_slice(self, operations: list[Operation]) -> asyncio.Future[list[Any]]:
+    def _submit_slice(
+        self, kind: int, pairs: Sequence[tuple[bytes, bytes | None]], keyspace: str,
+        consistency: str | None, ttl_ms: int | None,
+    ) -> asyncio.Future[list[Any]]:  # fmt: skip
         if self._closed:
             raise ShardUnavailable(self._closed)
         future: asyncio.Future[list[Any]] = self._loop.create_future()
-        group = _Group(len(operations), future)
+        group = _Group(len(pairs), future)
         now_ns, submit = self._clock.now_ns(), self._session.submit
-        for i, operation in enumerate(operations):
-            operation.token = (group, i)
-            submit(operation, now_ns)
+        for i, (key, value) in enumerate(pairs):
+            submit(kind, key, value, (group, i), now_ns, keyspace, consistency, False, None, ttl_ms)
         self._driver.wake()
         return future
 
@@ -334,20 +339,21 @@ class Client:
         return await future
 
 
-def _tell(token: Any, outcome: Any) -> None:
-    """Hand an outcome to whoever awaits it; a caller that was cancelled is passed over."""
-    if type(token) is tuple:
-        group, i = token
-        group.outcomes[i] = outcome
-        group.missing -= 1
-        if not group.missing and not group.future.done():
-            group.future.set_result(group.outcomes)
-    elif token.done():
-        return
-    elif isinstance(outcome, BusKVError):
-        token.set_exception(outcome)
-    else:
-        token.set_result(outcome)
+def _tell(tokens: Sequence[Any], outcomes: Sequence[Any]) -> None:
+    """Hand outcomes to those who await them; a caller that was cancelled is passed over."""
+    for token, outcome in zip(tokens, outcomes, strict=True):
+        if type(token) is tuple:
+            group, i = token
+            group.outcomes[i] = outcome
+            group.missing -= 1
+            if not group.missing and not group.future.done():
+                group.future.set_result(group.outcomes)
+        elif token.done():
+            continue
+        elif isinstance(outcome, BusKVError):
+            token.set_exception(outcome)
+        else:
+            token.set_result(outcome)
 
 
 def _bytes(text: Text) -> bytes:
@@ -359,8 +365,3 @@ def _key(key: Text) -> bytes:
     if not 0 < len(encoded) <= KEY_BYTES_MAX:
         b.check_keys([encoded])
     return encoded
-
-
-def _check_condition(if_absent: bool, if_version: Version | None) -> None:
-    if if_absent and if_version is not None:
-        raise MalformedRequest("a put has if_absent or if_version, not both")

@@ -10,12 +10,12 @@ operations back, numbers kept: the shard recognizes a repeat, so an operation ta
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from bus_kv.client.lane import Columns, Lane, Operation, Sent, columns_of, operations_of
 from bus_kv.client.results import Entry, Receipt
 from bus_kv.core.fate import Fate
 from bus_kv.core.machine import Ready, Request, Responded
@@ -30,13 +30,13 @@ from bus_kv.errors import (
 )  # fmt: skip
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol import batch as b
-from bus_kv.protocol.batch import Batch, BatchReply, decode_batch_reply
+from bus_kv.protocol.batch import BatchReply, decode_batch_reply
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.routes import Routes, routes_from_public
-from bus_kv.protocol.sizes import ENVELOPE_BYTES, Sizes, operation_bytes
+from bus_kv.protocol.sizes import Sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from bus_kv.core.machine import Event
     from bus_kv.protocol.batch import Version
@@ -44,52 +44,13 @@ if TYPE_CHECKING:
     from bus_kv.subjects import Subjects
 
     Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
-    Done: TypeAlias = Callable[[Any, Outcome], None]
+    Done: TypeAlias = Callable[[Sequence[Any], Sequence[Outcome]], None]
 
 WRITING_VERBS = ("put", "delete", "batch")
 _by_number = attrgetter("number")
+_IS_FOUND = bytes(o in (b.REPLACED, b.DELETED, b.FOUND) for o in range(256))
 _PAUSE_NS = 30 * MILLISECOND_NS
 _PAUSE_NS_MAX = 500 * MILLISECOND_NS
-
-
-class Operation(Fate):
-    """One get, put or delete on its way to one outcome. What is rarely set stays in the class."""
-
-    keyspace = "default"
-    consistency: str | None = None
-    ttl_ms: int | None = None
-    has_condition = False
-    condition: Version | None = None
-    number = 0
-    deadline_ns = 0
-    attempts = 0
-
-    def __init__(self, kind: int, key: bytes, value: bytes | None, token: Any) -> None:
-        self.kind = kind
-        self.key = key
-        self.value = value
-        self.token = token
-
-    @property
-    def is_read(self) -> bool:
-        return self.kind == b.GET
-
-
-@dataclass(slots=True)
-class _Lane:
-    shard: str
-    reads: bool
-    consistency: str
-    waiting: list[Operation] = field(default_factory=list)
-    in_flight: int = 0
-
-
-@dataclass(slots=True)
-class _Sent:
-    lane: _Lane
-    operations: list[Operation]
-    batch: Batch
-    give_up_ns: int
 
 
 @dataclass
@@ -122,11 +83,11 @@ class Session:
         self._number = 0
         self._correlation = 0
         self._pending = 0
-        self._lanes: dict[tuple[str, bool, str], _Lane] = {}
-        self._near: dict[tuple[bool, str, str | None], tuple[bytes, bytes | None, _Lane]] = {}
+        self._lanes: dict[tuple[str, bool, str], Lane] = {}
+        self._near: dict[tuple[bool, str, str | None], tuple[bytes, bytes | None, Lane]] = {}
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
-        self._dirty: list[_Lane] = []
-        self._sent: dict[int, _Sent] = {}
+        self._dirty: list[Lane] = []
+        self._sent: dict[int, Sent] = {}
         self._calls: dict[int, _Call] = {}
         self._unrouted: list[Operation] = []
         self._paused: list[tuple[int, int, Operation | _Call]] = []
@@ -137,33 +98,50 @@ class Session:
 
     # ---- what a client asks for ----
 
-    def submit(self, operation: Operation, now_ns: int) -> None:
-        """Take on an operation; its outcome is told once, by `done(token, outcome)`."""
+    def submit(
+        self, kind: int, key: bytes, value: bytes | None, token: Any, now_ns: int,
+        keyspace: str = "default", consistency: str | None = None, if_absent: bool = False,
+        if_version: Version | None = None, ttl_ms: int | None = None,
+    ) -> None:  # fmt: skip
+        """Take on a get, put or delete; its outcome is told once, by `done([token], [outcome])`."""
         if self._pending >= self._knobs.client_pending_operations_max:
-            return self._done(operation.token, _too_many())
+            return self._done((token,), (_too_many(),))
         self._pending += 1
-        self._number += 1
-        operation.number = self._number
-        operation.deadline_ns = now_ns + self._timeout_ns
-        lane = self._lane_of(operation)
+        deadline_ns = now_ns + self._timeout_ns
+        has_condition = if_absent or if_version is not None
+        lane = self._lane_of(kind == b.GET, key, keyspace, consistency)
         if lane is None:
+            self._number += 1
+            operation = Operation(
+                kind, key, value, token, self._number, deadline_ns, keyspace, consistency,
+                has_condition, if_version, ttl_ms,
+            )  # fmt: skip
             return self._route(operation, now_ns)
-        if not lane.waiting:
+        waiting = lane.waiting
+        if not waiting.keys:
             self._dirty.append(lane)
-        lane.waiting.append(operation)
+        if has_condition:
+            waiting.conditions[len(waiting.keys)] = if_version
+        if ttl_ms is not None:
+            waiting.ttls_ms[len(waiting.keys)] = ttl_ms
+        waiting.kinds.append(kind)
+        waiting.keys.append(key)
+        waiting.values.append(value)
+        waiting.tokens.append(token)
+        waiting.deadlines_ns.append(deadline_ns)
         return None
 
     def call(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
         """Ask any node. What may be sent again is, under one request_id, until it is answered or its time is over."""
         if self._pending >= self._knobs.client_pending_operations_max:
-            return self._done(token, _too_many())
+            return self._done((token,), (_too_many(),))
         if verb in WRITING_VERBS and "request_id" not in fields:
             self._number += 1
             fields = {**fields, "request_id": f"{self.client}:{self._number}"}
         body = encode_cbor(fields)
         if len(body) > self._sizes.message:
             refusal = ValueTooLarge(f"a request has at most {self._sizes.message} bytes; send less")
-            return self._done(token, refusal)
+            return self._done((token,), (refusal,))
         self._pending += 1
         return self._send_call(_Call(verb, body, token, now_ns + self._timeout_ns), now_ns)
 
@@ -178,8 +156,8 @@ class Session:
 
     def close(self, reason: str) -> None:
         """End every operation and call that has no outcome yet."""
-        sent = [(o, True) for message in self._sent.values() for o in message.operations]
-        waiting = [(o, False) for lane in self._lanes.values() for o in lane.waiting]
+        sent = [(o, True) for message in self._sent.values() for o in message.operations()]
+        waiting = [(o, False) for lane in self._lanes.values() for o in self._all_waiting(lane)]
         paused = [(item, False) for _, _, item in self._paused]
         unrouted = [(o, False) for o in self._unrouted]
         calls = [(call, True) for call in self._calls.values()]
@@ -205,8 +183,10 @@ class Session:
     def take_ready(self, now_ns: int) -> Ready:
         dirty, self._dirty = self._dirty, []
         for lane in dirty:
-            while lane.waiting and self._may_send(lane):
-                self._send(lane, now_ns)
+            while lane.again and lane.in_flight < self._knobs.client_window_messages:
+                self._send_again(lane, now_ns)
+            while lane.waiting.keys and self._may_send(lane):
+                self._send_new(lane, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)  # type: ignore[arg-type]  # a list of requests is a list of effects
 
@@ -218,8 +198,9 @@ class Session:
             candidates.append(next(iter(self._calls.values())).give_up_ns)
         if self._fetch is not None:
             candidates.append(self._fetch_ns)
-        waiting = [lane.waiting[0] for lane in self._lanes.values() if lane.waiting]
-        candidates += [o.deadline_ns for o in (*waiting, *self._unrouted[:1])]
+        working = [lane for lane in self._lanes.values() if lane.has_work]
+        candidates += [lane.next_deadline_ns for lane in working]
+        candidates += [o.deadline_ns for o in self._unrouted[:1]]
         return min(candidates, default=None)
 
     def on_deadline(self, now_ns: int) -> None:
@@ -247,18 +228,35 @@ class Session:
                 self._route(item, now_ns)
         self._unrouted = self._drop_late(self._unrouted, now_ns)
         for lane in self._lanes.values():
-            if lane.waiting and lane.waiting[0].deadline_ns <= now_ns:
-                lane.waiting = self._drop_late(lane.waiting, now_ns)
+            if lane.has_work and lane.next_deadline_ns <= now_ns:
+                lane.again = self._drop_late(self._all_waiting(lane), now_ns)
 
     # ---- routing ----
 
-    def _lane_of(self, operation: Operation) -> _Lane | None:
-        """The lane of the last operation like this one, if the key belongs there too: the hot path of routing."""
-        near = self._near.get((operation.kind == b.GET, operation.keyspace, operation.consistency))
-        if near is None:
+    def _lane_of(
+        self, reads: bool, key: bytes, keyspace: str, consistency: str | None
+    ) -> Lane | None:
+        """Where an operation can wait; None if its shard cannot take it now. The last one's shard is tried first."""
+        near = self._near.get((reads, keyspace, consistency))
+        if near is not None and near[0] <= key and (near[1] is None or key < near[1]):
+            return near[2]
+        if self.routes is None or keyspace not in self.routes.keyspaces:
             return None
-        start, end, lane = near
-        return lane if start <= operation.key and (end is None or operation.key < end) else None
+        route = self.routes.find(keyspace, key)
+        if route is None or not route.active:
+            return None
+        lane = self._lane(route, reads, keyspace, consistency)
+        if self.routes.keyspaces[keyspace].policy == "range":
+            self._near[reads, keyspace, consistency] = (route.start, route.end, lane)
+        return lane
+
+    def _lane(self, route: Route, reads: bool, keyspace: str, consistency: str | None) -> Lane:
+        assert self.routes is not None
+        level = consistency or self.routes.keyspaces[keyspace].consistency
+        id = (route.shard, reads, level)
+        if id not in self._lanes:
+            self._lanes[id] = Lane(*id, keyspace)
+        return self._lanes[id]
 
     def _route(self, operation: Operation, now_ns: int) -> None:
         if self.routes is None:
@@ -272,8 +270,9 @@ class Session:
             return self._again(
                 operation, ShardUnavailable(f"shard {route.shard} is recovering"), now_ns
             )
-        self._join(operation, route, operation.consistency or keyspace.consistency)
-        return None
+        lane = self._lane(route, operation.is_read, operation.keyspace, operation.consistency)
+        lane.again.append(operation)
+        return self._dirty.append(lane)
 
     def _no_route(self, operation: Operation, no_keyspace: bool, now_ns: int) -> None:
         """Perhaps the map is old: read it once before saying so."""
@@ -285,54 +284,54 @@ class Session:
             missing = NoShard("the key lies outside every shard; see `bus-kv shards list`")
         return self._finish(operation.token, operation.verdict(missing))
 
-    def _join(self, operation: Operation, route: Route, consistency: str) -> None:
-        id = (route.shard, operation.kind == b.GET, consistency)
-        lane = self._lanes.get(id)
-        if lane is None:
-            lane = self._lanes[id] = _Lane(*id)
-        assert self.routes is not None
-        if self.routes.keyspaces[operation.keyspace].policy == "range":
-            kind = (operation.kind == b.GET, operation.keyspace, operation.consistency)
-            self._near[kind] = (route.start, route.end, lane)
-        if not lane.waiting:
-            self._dirty.append(lane)
-        lane.waiting.append(operation)
-
-    def _may_send(self, lane: _Lane) -> bool:
+    def _may_send(self, lane: Lane) -> bool:
         """At once when nothing is in flight; else only what fills a message, so that small ones do not pile up."""
         if not lane.in_flight:
             return True
         window = self._knobs.client_window_messages
-        return lane.in_flight < window and len(lane.waiting) >= self._fill(lane)
+        return lane.in_flight < window and len(lane.waiting.keys) >= self._fill(lane)
 
-    def _fill(self, lane: _Lane) -> int:
+    def _fill(self, lane: Lane) -> int:
         """How many operations make a message worth sending while others are in flight."""
         knobs = self._knobs
         return knobs.client_fill_reads if lane.reads else knobs.client_fill_writes
 
-    def _send(self, lane: _Lane, now_ns: int) -> None:
-        """Send the lane's next message, as full as its limits allow."""
-        operations = self._cut(lane)
-        batch = _make_batch(operations, self.client, lane.consistency)
-        assert self.routes is not None
-        route = self.routes.by_id.get(lane.shard)
-        body = encode_cbor({"epoch": route.epoch if route else 0, "batch": batch.encode()})
-        correlation = self._request(self._subjects.shard_request(lane.shard), body)
-        give_up_ns = now_ns + self._knobs.client_attempt_ms * MILLISECOND_NS
-        self._sent[correlation] = _Sent(lane, operations, batch, give_up_ns)
-        lane.in_flight += 1
-
-    def _cut(self, lane: _Lane) -> list[Operation]:
+    def _send_new(self, lane: Lane, now_ns: int) -> None:
+        """Send what waits for its first attempt, as much as one message takes."""
         waiting = lane.waiting
         # Half of what waits, so that the node works on one half while the client works on the other.
         half = max(-(-len(waiting) // 2), self._fill(lane))
+        columns, lane.waiting = waiting.split(self._cut(waiting, half))
+        numbers = range(self._number + 1, self._number + 1 + len(columns))
+        self._number = numbers[-1]
+        self._send(lane, columns, numbers, None, now_ns)
+
+    def _send_again(self, lane: Lane, now_ns: int) -> None:
+        """Send what was sent before: by number, as a batch has to be."""
+        lane.again.sort(key=_by_number)
+        count = self._cut(columns_of(lane.again), len(lane.again))
+        operations, lane.again = lane.again[:count], lane.again[count:]
+        numbers = [o.number for o in operations]
+        self._send(lane, columns_of(operations), numbers, operations, now_ns)
+
+    def _cut(self, waiting: Columns, count: int) -> int:
         count = min(
-            len(waiting), half, self._knobs.client_batch_operations_max, self._sizes.operations
+            len(waiting), count, self._knobs.client_batch_operations_max, self._sizes.operations
         )
-        count = _fitting(waiting[:count], self._sizes.batch)
-        operations, lane.waiting = waiting[:count], waiting[count:]
-        operations.sort(key=_by_number)
-        return operations
+        return waiting.fitting(count, self._sizes.batch)
+
+    def _send(
+        self, lane: Lane, columns: Columns, numbers: Sequence[int], again: list[Operation] | None,
+        now_ns: int,
+    ) -> None:  # fmt: skip
+        assert self.routes is not None
+        route = self.routes.by_id.get(lane.shard)
+        batch = columns.batch(self.client, numbers, lane.consistency)
+        body = encode_cbor({"epoch": route.epoch if route else 0, "batch": batch.encode()})
+        correlation = self._request(self._subjects.shard_request(lane.shard), body)
+        give_up_ns = now_ns + self._knobs.client_attempt_ms * MILLISECOND_NS
+        self._sent[correlation] = Sent(lane, columns, numbers, give_up_ns, again)
+        lane.in_flight += 1
 
     def _request(self, subject: str, body: bytes) -> int:
         self._correlation += 1
@@ -341,55 +340,46 @@ class Session:
 
     # ---- outcomes ----
 
-    def _on_reply(self, sent: _Sent, body: bytes | None, now_ns: int) -> None:
+    def _on_reply(self, sent: Sent, body: bytes | None, now_ns: int) -> None:
         self._leave(sent.lane)
         if body is None:
             failure = ShardUnavailable(f"nobody serves shard {sent.lane.shard}")
-            return self._all_again(sent.operations, failure, now_ns)
+            return self._all_again(sent.operations(), failure, now_ns)
         fields = decode_cbor(body)
         if "batch" not in fields:
-            return self._all_again(sent.operations, from_body(fields), now_ns)
+            return self._all_again(sent.operations(), from_body(fields), now_ns)
         reply = decode_batch_reply(fields["batch"])
-        self._pending -= len(sent.operations)
-        if sent.lane.reads:
-            return self._tell_entries(sent, reply, now_ns)
-        return self._tell_receipts(sent, reply, now_ns)
+        if reply.failures or b.UNANSWERED in reply.outcomes:
+            return self._on_mixed_reply(sent, reply, now_ns)
+        return self._tell(sent.columns.tokens, _results(sent, reply))
 
-    def _leave(self, lane: _Lane) -> None:
+    def _leave(self, lane: Lane) -> None:
         lane.in_flight -= 1
-        if lane.waiting:
+        if lane.has_work:
             self._dirty.append(lane)
 
-    def _tell_entries(self, sent: _Sent, reply: BatchReply, now_ns: int) -> None:
-        values, done = reply.values or [None] * len(sent.operations), self._done
-        unanswered = b.UNANSWERED in reply.outcomes
-        lifetimes = reply.expires_at
-        versions = reply.versions()
-        for i, operation in enumerate(sent.operations):
-            if unanswered and reply.outcomes[i] == b.UNANSWERED:
-                self._pending += 1
+    def _on_mixed_reply(self, sent: Sent, reply: BatchReply, now_ns: int) -> None:
+        """Some operations have their result; the others failed, or found the reply full."""
+        results, settled = _results(sent, reply), []
+        for i, operation in enumerate(sent.operations()):
+            if i in reply.failures:
+                self._again(operation, from_body(reply.failures[i]), now_ns)
+            elif reply.outcomes[i] == b.UNANSWERED:
                 self._route(operation, now_ns)
             else:
-                expires_at = lifetimes.get(i) if lifetimes else None
-                done(operation.token, Entry(operation.key, values[i], versions[i], expires_at))
+                settled.append(i)
+        self._tell([sent.columns.tokens[i] for i in settled], [results[i] for i in settled])
 
-    def _tell_receipts(self, sent: _Sent, reply: BatchReply, now_ns: int) -> None:
-        shard, level, done = sent.lane.shard, sent.lane.consistency, self._done
-        versions, outcomes, failures = reply.versions(), reply.outcomes, reply.failures
-        for i, operation in enumerate(sent.operations):
-            if i in failures:
-                self._pending += 1
-                self._again(operation, from_body(failures[i]), now_ns)
-            else:
-                found = outcomes[i] in (b.REPLACED, b.DELETED)
-                done(operation.token, Receipt(shard, versions[i], found, level))
+    def _tell(self, tokens: list[Any], outcomes: list[Any]) -> None:
+        self._pending -= len(tokens)
+        self._done(tokens, outcomes)
 
-    def _on_silence(self, sent: _Sent, now_ns: int) -> None:
+    def _on_silence(self, sent: Sent, now_ns: int) -> None:
         self._leave(sent.lane)
-        for operation in sent.operations:
+        for operation in sent.operations():
             operation.abandon()
         failure = ShardUnavailable(f"shard {sent.lane.shard} does not answer")
-        self._all_again(sent.operations, failure, now_ns)
+        self._all_again(sent.operations(), failure, now_ns)
 
     def _all_again(self, operations: list[Operation], failure: BusKVError, now_ns: int) -> None:
         for operation in operations:
@@ -411,6 +401,14 @@ class Session:
         self._correlation += 1
         return self._correlation
 
+    def _all_waiting(self, lane: Lane) -> list[Operation]:
+        """Take everything out of a lane, in order."""
+        waiting, lane.waiting = lane.waiting, Columns()
+        first = self._number + 1
+        self._number += len(waiting)
+        again, lane.again = lane.again, []
+        return again + operations_of(waiting, range(first, first + len(waiting)), lane)
+
     def _drop_late(self, operations: list[Operation], now_ns: int) -> list[Operation]:
         """End those whose time is over before they could be sent; the others."""
         for operation in operations:
@@ -421,7 +419,7 @@ class Session:
 
     def _finish(self, token: Any, outcome: Outcome) -> None:
         self._pending -= 1
-        self._done(token, outcome)
+        self._done((token,), (outcome,))
 
     # ---- calls and the map ----
 
@@ -473,29 +471,17 @@ class Session:
             self._route(operation, now_ns)
 
 
-def _fitting(operations: list[Operation], bytes_max: int) -> int:
-    """How many of the operations fit into one batch; at least one."""
-    sizes = [operation_bytes(o.key, o.value) for o in operations]
-    bytes_max -= ENVELOPE_BYTES
-    if sum(sizes) <= bytes_max:
-        return len(operations)
-    return max(1, bisect_right([*accumulate(sizes)], bytes_max))
-
-
-def _make_batch(operations: list[Operation], client: str, consistency: str) -> Batch:
-    batch = Batch(
-        kinds=bytes([o.kind for o in operations]),
-        keys=[o.key for o in operations],
-        client=client,
-        numbers=[o.number for o in operations],
-        consistency=consistency,
-    )
-    values = [o.value for o in operations]
-    if values.count(None) < len(values):
-        batch.values = values
-    batch.conditions = {i: o.condition for i, o in enumerate(operations) if o.has_condition}
-    batch.ttls_ms = {i: o.ttl_ms for i, o in enumerate(operations) if o.ttl_ms is not None}
-    return batch
+def _results(sent: Sent, reply: BatchReply) -> list[Any]:
+    """An Entry or a Receipt for every operation, made column by column."""
+    lane, columns, versions = sent.lane, sent.columns, reply.versions()
+    if not lane.reads:
+        found = map(bool, reply.outcomes.translate(_IS_FOUND))
+        return [*map(Receipt, repeat(lane.shard), versions, found, repeat(lane.consistency))]
+    values = reply.values or [None] * len(columns)
+    if not reply.expires_at:
+        return [*map(Entry, columns.keys, values, versions)]
+    lifetimes = map(reply.expires_at.get, range(len(columns)))
+    return [*map(Entry, columns.keys, values, versions, lifetimes)]
 
 
 def _judged(call: _Call, result: dict[str, Any]) -> dict[str, Any]:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.client.results import Entry, Receipt
-from bus_kv.client.session import Operation, Session
+from bus_kv.client.session import Session
 from bus_kv.errors import BusKVError, ConsistencyNotMet, from_body
 from bus_kv.protocol import batch as b
 from tests.simulator.world import MILLISECOND_NS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bus_kv.protocol.batch import Version
     from tests.simulator.cluster import Cluster
     from tests.simulator.world import World
@@ -95,11 +97,11 @@ class Workload:
 
     def _submit(self, call: Call) -> None:
         kind = {"get": b.GET, "put": b.PUT, "delete": b.DELETE}[call.kind]
-        operation = Operation(kind, call.key, call.value, call)
-        if call.if_absent or call.if_version:
-            operation.has_condition, operation.condition = True, call.if_version
-        operation.consistency = self._random.choice([None, None, "one", "all"])
-        self._session.submit(operation, self._process.now_ns)
+        level = self._random.choice([None, None, "one", "all"])
+        self._session.submit(
+            kind, call.key, call.value, call, self._process.now_ns,
+            consistency=level, if_absent=call.if_absent, if_version=call.if_version,
+        )  # fmt: skip
         self._process.schedule()
 
     def _through_gateway(self, call: Call) -> None:
@@ -138,7 +140,11 @@ class Workload:
         self._session.call("batch", fields, calls, self._process.now_ns)
         self._process.schedule()
 
-    def _done(self, token: Call | list[Call], outcome: Any) -> None:
+    def _done(self, tokens: Sequence[Call | list[Call]], outcomes: Sequence[Any]) -> None:
+        for token, outcome in zip(tokens, outcomes, strict=True):
+            self._one_done(token, outcome)
+
+    def _one_done(self, token: Call | list[Call], outcome: Any) -> None:
         self.open -= 1
         calls = token if isinstance(token, list) else [token]
         results = (

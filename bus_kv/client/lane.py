@@ -1,0 +1,156 @@
+"""What waits to be sent to one shard: columns on the first attempt, objects once an operation needs another one."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.core.fate import Fate
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.batch import Batch
+from bus_kv.protocol.sizes import ENVELOPE_BYTES, OPERATION_BYTES, operation_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bus_kv.protocol.batch import Version
+
+
+@dataclass(slots=True)
+class Columns:
+    """Operations as parallel arrays, an index each; what is rarely set is a sparse map."""
+
+    kinds: bytearray = field(default_factory=bytearray)
+    keys: list[bytes] = field(default_factory=list)
+    values: list[bytes | None] = field(default_factory=list)
+    tokens: list[Any] = field(default_factory=list)
+    """Whom to tell the outcome."""
+    deadlines_ns: list[int] = field(default_factory=list)
+    conditions: dict[int, Version | None] = field(default_factory=dict)
+    ttls_ms: dict[int, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def fitting(self, count: int, bytes_max: int) -> int:
+        """How many of the first `count` operations fit into a batch of `bytes_max`; at least one."""
+        keys, values = self.keys[:count], [v for v in self.values[:count] if v]
+        bytes_max -= ENVELOPE_BYTES
+        if sum(map(len, keys)) + sum(map(len, values)) + count * OPERATION_BYTES <= bytes_max:
+            return count
+        sizes = map(operation_bytes, keys, self.values)
+        return max(1, bisect_right([*accumulate(sizes)], bytes_max))
+
+    def split(self, count: int) -> tuple[Columns, Columns]:
+        """The first `count` operations, and the others."""
+        if count == len(self):
+            return self, Columns()
+        return self._slice(0, count), self._slice(count, len(self))
+
+    def _slice(self, start: int, end: int) -> Columns:
+        return Columns(
+            self.kinds[start:end],
+            self.keys[start:end],
+            self.values[start:end],
+            self.tokens[start:end],
+            self.deadlines_ns[start:end],
+            {i - start: c for i, c in self.conditions.items() if start <= i < end},
+            {i - start: t for i, t in self.ttls_ms.items() if start <= i < end},
+        )
+
+    def batch(self, client: str, numbers: Sequence[int], consistency: str) -> Batch:
+        kinds = bytes(self.kinds)
+        return Batch(
+            kinds, self.keys, self.values if b.PUT in kinds else [], client, numbers,
+            conditions=self.conditions, ttls_ms=self.ttls_ms, consistency=consistency,
+        )  # fmt: skip
+
+
+@dataclass(slots=True, eq=False)
+class Operation(Fate):
+    """One get, put or delete that could not be sent at once, or has to be sent again, under the same number."""
+
+    kind: int
+    key: bytes
+    value: bytes | None
+    token: Any
+    number: int
+    deadline_ns: int
+    keyspace: str
+    consistency: str | None
+    has_condition: bool = False
+    condition: Version | None = None
+    ttl_ms: int | None = None
+    attempts: int = 0
+    unanswered: bool = False
+
+    @property
+    def is_read(self) -> bool:
+        return self.kind == b.GET
+
+
+@dataclass(slots=True)
+class Lane:
+    shard: str
+    reads: bool
+    consistency: str
+    keyspace: str
+    waiting: Columns = field(default_factory=Columns)
+    again: list[Operation] = field(default_factory=list)
+    in_flight: int = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting.keys or self.again)
+
+    @property
+    def next_deadline_ns(self) -> int:
+        """When the first of what waits has waited too long. Only if `has_work`."""
+        return min([*self.waiting.deadlines_ns[:1], *[o.deadline_ns for o in self.again[:1]]])
+
+
+@dataclass(slots=True)
+class Sent:
+    """One message under way."""
+
+    lane: Lane
+    columns: Columns
+    numbers: Sequence[int]
+    give_up_ns: int
+    again: list[Operation] | None = None
+    """The operations when this is not their first attempt."""
+
+    def operations(self) -> list[Operation]:
+        if self.again is None:
+            self.again = operations_of(self.columns, self.numbers, self.lane)
+        return self.again
+
+
+def operations_of(columns: Columns, numbers: Sequence[int], lane: Lane) -> list[Operation]:
+    rows = zip(
+        columns.kinds, columns.keys, columns.values, columns.tokens, numbers, columns.deadlines_ns,
+        strict=True,
+    )  # fmt: skip
+    operations = [
+        Operation(kind, key, value, token, number, deadline_ns, lane.keyspace, lane.consistency)
+        for kind, key, value, token, number, deadline_ns in rows
+    ]
+    for i, condition in columns.conditions.items():
+        operations[i].has_condition, operations[i].condition = True, condition
+    for i, ttl_ms in columns.ttls_ms.items():
+        operations[i].ttl_ms = ttl_ms
+    return operations
+
+
+def columns_of(operations: list[Operation]) -> Columns:
+    return Columns(
+        bytearray([o.kind for o in operations]),
+        [o.key for o in operations],
+        [o.value for o in operations],
+        [o.token for o in operations],
+        [o.deadline_ns for o in operations],
+        {i: o.condition for i, o in enumerate(operations) if o.has_condition},
+        {i: o.ttl_ms for i, o in enumerate(operations) if o.ttl_ms is not None},
+    )
