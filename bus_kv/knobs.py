@@ -45,6 +45,8 @@ class Knobs:
 
     inbox_messages_max: int = 8192
     """Messages waiting for a turn; past it OVERLOADED at once."""
+    turn_operations_max: int = 100
+    """Operations of one turn after which the rest of the inbox waits for the next."""
     tail_operations_max: int = 200_000
     """Operations appended and not yet durable, per shard; past it OVERLOADED at once."""
     tail_bytes_max: int = 64 << 20
@@ -70,10 +72,8 @@ class Knobs:
     """The Python client sends a message again when it has no answer after this."""
     client_window_messages: int = 4
     """Messages in flight per shard and kind; while they are, calls gather in the next message."""
-    client_fill_reads: int = 64
-    """While messages of gets are in flight, the next one leaves when it holds this many."""
-    client_fill_writes: int = 128
-    """The same for writes: fuller, since each message is a log entry with a commit of its own."""
+    client_fill_operations: int = 128
+    """While messages of a lane are in flight, the next one leaves when it holds this many."""
     client_batch_operations_max: int = 2000
     client_pending_operations_max: int = 200_000
     """Calls waiting in one client; past it OVERLOADED at once."""

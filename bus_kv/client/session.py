@@ -3,7 +3,7 @@
 Theory of operation. `submit` gives every operation its own request number and puts it into a lane: one per shard, level
 and kind (reads never wait for writes). A turn sends what its lanes hold, so operations that were submitted together
 travel together and a lone one leaves at once. While messages of a lane are in flight, the next leaves when it is worth
-it (`client_fill_reads`, `client_fill_writes`) and the window allows. A message that fails or stays unanswered puts its
+it (`client_fill_operations`) and the window allows. A message that fails or stays unanswered puts its
 operations back, numbers kept: the shard recognizes a repeat, so an operation takes effect once, however often sent.
 """
 
@@ -83,6 +83,8 @@ class Session:
         self._number = 0
         self._correlation = 0
         self._pending = 0
+        self._told = 0
+        """Outcomes since the last Ready."""
         self._lanes: dict[tuple[str, bool, str], Lane] = {}
         self._near: dict[tuple[bool, str, str | None], tuple[bytes, bytes | None, Lane]] = {}
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
@@ -181,6 +183,7 @@ class Session:
             self._on_routes(event.body, now_ns)
 
     def take_ready(self, now_ns: int) -> Ready:
+        self._told = 0
         dirty, self._dirty = self._dirty, []
         for lane in dirty:
             while lane.again and lane.in_flight < self._knobs.client_window_messages:
@@ -189,6 +192,10 @@ class Session:
                 self._send_new(lane, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)  # type: ignore[arg-type]  # a list of requests is a list of effects
+
+    @property
+    def is_full(self) -> bool:
+        return self._told >= self._knobs.turn_operations_max
 
     def next_deadline_ns(self) -> int | None:
         candidates = [self._paused[0][0]] if self._paused else []
@@ -288,19 +295,15 @@ class Session:
         """At once when nothing is in flight; else only what fills a message, so that small ones do not pile up."""
         if not lane.in_flight:
             return True
-        window = self._knobs.client_window_messages
-        return lane.in_flight < window and len(lane.waiting.keys) >= self._fill(lane)
-
-    def _fill(self, lane: Lane) -> int:
-        """How many operations make a message worth sending while others are in flight."""
         knobs = self._knobs
-        return knobs.client_fill_reads if lane.reads else knobs.client_fill_writes
+        full = len(lane.waiting.keys) >= knobs.client_fill_operations
+        return full and lane.in_flight < knobs.client_window_messages
 
     def _send_new(self, lane: Lane, now_ns: int) -> None:
         """Send what waits for its first attempt, as much as one message takes."""
         waiting = lane.waiting
         # Half of what waits, so that the node works on one half while the client works on the other.
-        half = max(-(-len(waiting) // 2), self._fill(lane))
+        half = max(-(-len(waiting) // 2), self._knobs.client_fill_operations)
         columns, lane.waiting = waiting.split(self._cut(waiting, half))
         numbers = range(self._number + 1, self._number + 1 + len(columns))
         self._number = numbers[-1]
@@ -372,6 +375,7 @@ class Session:
 
     def _tell(self, tokens: list[Any], outcomes: list[Any]) -> None:
         self._pending -= len(tokens)
+        self._told += len(tokens)
         self._done(tokens, outcomes)
 
     def _on_silence(self, sent: Sent, now_ns: int) -> None:

@@ -4,9 +4,10 @@ A machine is told what happened by `step(event, now_ns)`; what it wants done is 
 one Ready. It never blocks, sleeps, reads a clock or draws its own randomness: time is an argument in nanoseconds since
 the Unix epoch that never goes back within a process, and randomness is handed to its constructor.
 
-The turn of a driver: drain the bounded inbox, step every event, take one Ready, hand `append` to the log, send the
-rest. When the log is durable the driver steps AppendCompleted, and the machine releases what depended on it. That is
-group commit: whatever arrived while one commit was on its way shares the next (after etcd's raft, "Ready").
+The turn of a driver: step the events of the bounded inbox, take one Ready, hand `append` to the log, send the rest.
+When the log is durable the driver steps AppendCompleted, and the machine releases what depended on it. That is group
+commit: whatever arrived while one commit was on its way shares the next (after etcd's raft, "Ready"). A turn ends early
+once the machine is full: what came of its first events then travels while the rest is worked on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableSequence
+    from collections import deque
+    from collections.abc import Mapping
 
 # ---- events: something happened ----
 
@@ -167,13 +169,18 @@ class Machine(Protocol):
 
     def take_ready(self, now_ns: int) -> Ready: ...
 
+    @property
+    def is_full(self) -> bool:
+        """Whether enough was done since the last Ready: further events are for the next turn."""
 
-def turn(machine: Machine, inbox: MutableSequence[Event], now_ns: int) -> Ready:
-    """One pass, the same in production and in the simulator: step all that waits, then take one Ready."""
-    events = list(inbox)
-    inbox.clear()
-    for event in events:
-        machine.step(event, now_ns)
+
+def turn(machine: Machine, inbox: deque[Event], now_ns: int) -> Ready:
+    """One pass, the same in production and in the simulator: step what waits, then take one Ready.
+
+    Events that are left in the inbox need another turn.
+    """
+    while inbox and not machine.is_full:
+        machine.step(inbox.popleft(), now_ns)
     deadline_ns = machine.next_deadline_ns()
     if deadline_ns is not None and deadline_ns <= now_ns:
         machine.on_deadline(now_ns)

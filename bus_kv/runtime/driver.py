@@ -7,6 +7,7 @@ happens elsewhere (messages, durable appends, answers of the store) is offered a
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bus_kv.core.machine import (
@@ -51,7 +52,7 @@ class Driver:
         self._bus, self._clock, self._store, self._log = bus, clock, store, log
         self._subjects = subjects or {}
         self._refuse = refuse
-        self._inbox: list[Event] = []
+        self._inbox: deque[Event] = deque()
         self._inbox_max = inbox_messages_max
         self._wake = asyncio.Event()
         self._turned = asyncio.Event()
@@ -95,11 +96,22 @@ class Driver:
         """Run turns until the machine halts."""
         while self.halt is None:
             await self._wait()
-            await self._turn()
+            await self._turn(self._inbox)
+            if self._inbox:
+                await self._breathe()
         return self.halt
 
-    async def _turn(self) -> None:
-        ready = turn(self.machine, self._inbox, self._clock.now_ns())
+    async def _breathe(self) -> None:
+        """Between two turns of a full inbox: those who were answered go on, and what they ask for leaves at once.
+
+        Without it requests that came together stay together, and client and node take turns at waiting.
+        """
+        await asyncio.sleep(0)
+        await self._turn(deque())
+        await asyncio.sleep(0)
+
+    async def _turn(self, inbox: deque[Event]) -> None:
+        ready = turn(self.machine, inbox, self._clock.now_ns())
         if ready.append is not None:
             assert self._log is not None
             self._log.append(ready.append)
@@ -109,7 +121,7 @@ class Driver:
 
     async def _wait(self) -> None:
         """Until something was offered or the machine's deadline has come."""
-        if not self._wake.is_set():
+        if not (self._wake.is_set() or self._inbox):
             deadline_ns = self.machine.next_deadline_ns()
             if deadline_ns is not None:
                 delay_s = max((deadline_ns - self._clock.now_ns()) / 1e9, 0.0)

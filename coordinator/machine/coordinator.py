@@ -135,6 +135,8 @@ class CoordinatorMachine:
         candidates = [self._timers.next_ns(), self.lease.next_deadline_ns()]
         return min((c for c in candidates if c is not None), default=None)
 
+    is_full = False
+
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
         self._reconcile()

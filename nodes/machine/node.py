@@ -112,6 +112,8 @@ class NodeMachine:
         self._control = Control(self)
         self._map_reader = MapReader(self)
         self._running = False
+        self._operations = 0
+        """Taken on since the last Ready."""
         self._effects: list[Effect] = []
         self._rows: dict[str, ReplicaRow] = {}
         self._after_rows: list[Callable[[], None]] = []
@@ -210,8 +212,13 @@ class NodeMachine:
         candidates += [replica.next_deadline_ns() for replica in self.replicas.values()]
         return min((c for c in candidates if c is not None), default=None)
 
+    @property
+    def is_full(self) -> bool:
+        return self._operations >= self.knobs.turn_operations_max
+
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
+        self._operations = 0
         entries: list[EntryRow] = []
         ends: list[tuple[Replica, int]] = []
         for replica in self.replicas.values():
@@ -318,6 +325,7 @@ class NodeMachine:
                 )
         except BusKVError as refusal:
             return respond(refusal)
+        self._operations += len(batch)
         return replica.submit(batch, raw, epoch, self.now_ns, deadline_ns, respond)
 
     def scan(

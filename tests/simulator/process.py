@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
@@ -44,7 +45,7 @@ class Process:
         self.cut_in = False
         self.cut_out = False
         self.machine: Machine
-        self.inbox: list[Event] = []
+        self.inbox: deque[Event] = deque()
         self.inbox_messages_max = inbox_messages_max
         self.subjects: dict[str, Any] = {}
         """Channel -> (name -> subject, queue group)."""
@@ -67,7 +68,7 @@ class Process:
         self.life += 1
         self.alive = True
         self.machine = machine
-        self.inbox = []
+        self.inbox = deque()
         self._turn_due, self._wake_ns = False, None
         self._skew_ns = self._random.randint(-5, 5) * SECOND_NS
         self.paused_until_ns = 0
@@ -121,6 +122,8 @@ class Process:
         for effect in ready.effects:
             self._perform(effect)
         self._arm()
+        if self.inbox:
+            self.schedule()
         return None
 
     def _arm(self) -> None:
