@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections import deque
 from contextlib import asynccontextmanager
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.results import Entry, Receipt
@@ -42,6 +43,9 @@ class _Group:
         self.outcomes: list[Any] = [None] * count
         self.missing = count
         self.future = future
+
+    def tokens(self) -> list[tuple[_Group, int]]:
+        return [*zip(repeat(self), range(self.missing), strict=False)]
 
 
 @asynccontextmanager
@@ -222,9 +226,12 @@ class Client:
         """Write many keys, not atomically; receipts in order. Raises the first failure when all have ended."""
         if ttl_ms is not None:
             b.check_ttl(ttl_ms)
-        pairs = [(_key(key), self._value(value)) for key, value in items]
+        pairs = [*items]
+        keys = [_bytes(key) for key, _ in pairs]
+        values = [_bytes(value) for _, value in pairs]
+        b.check_values(values, self._value_bytes_max)
         receipts: list[Receipt] = await self._submit_many(
-            b.PUT, pairs, keyspace, consistency, ttl_ms
+            b.PUT, keys, values, keyspace, consistency, ttl_ms
         )
         return receipts
 
@@ -232,27 +239,42 @@ class Client:
         self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
     ) -> list[Entry]:
         """Read many keys; entries in order."""
-        pairs = [(_key(key), None) for key in keys]
-        entries: list[Entry] = await self._submit_many(b.GET, pairs, keyspace, consistency)
+        names = [*map(_bytes, keys)]
+        nothing = [None] * len(names)
+        entries: list[Entry] = await self._submit_many(b.GET, names, nothing, keyspace, consistency)
         return entries
 
     async def delete_many(
         self, keys: Iterable[Text], *, consistency: str | None = None, keyspace: str = "default"
     ) -> list[Receipt]:
         """Delete many keys, not atomically; receipts in order."""
-        pairs = [(_key(key), None) for key in keys]
-        receipts: list[Receipt] = await self._submit_many(b.DELETE, pairs, keyspace, consistency)
+        names = [*map(_bytes, keys)]
+        nothing = [None] * len(names)
+        receipts: list[Receipt] = await self._submit_many(
+            b.DELETE, names, nothing, keyspace, consistency
+        )
         return receipts
 
     async def _submit_many(
-        self, kind: int, pairs: Sequence[tuple[bytes, bytes | None]], keyspace: str,
+        self, kind: int, keys: list[bytes], values: Sequence[bytes | None], keyspace: str,
         consistency: str | None, ttl_ms: int | None = None,
     ) -> list[Any]:  # fmt: skip
+        if keys:
+            b.check_keys(keys)
         outcomes: list[Any] = []
         under_way: deque[asyncio.Future[list[Any]]] = deque()
-        for i in range(0, len(pairs), SLICE_OPERATIONS):
-            slice = pairs[i : i + SLICE_OPERATIONS]
-            under_way.append(self._submit_slice(kind, slice, keyspace, consistency, ttl_ms))
+        for i in range(0, len(keys), SLICE_OPERATIONS):
+            if self._closed:
+                raise ShardUnavailable(self._closed)
+            part = slice(i, i + SLICE_OPERATIONS)
+            future: asyncio.Future[list[Any]] = self._loop.create_future()
+            tokens = _Group(len(keys[part]), future).tokens()
+            self._session.submit_many(
+                kind, keys[part], values[part], tokens, self._clock.now_ns(), keyspace,
+                consistency, ttl_ms,
+            )  # fmt: skip
+            self._driver.wake()
+            under_way.append(future)
             # Let it leave before the next one is prepared.
             await asyncio.sleep(0)
             if len(under_way) == SLICES_MAX:
@@ -263,20 +285,6 @@ class Client:
             if isinstance(outcome, BusKVError):
                 raise outcome
         return outcomes
-
-    def _submit_slice(
-        self, kind: int, pairs: Sequence[tuple[bytes, bytes | None]], keyspace: str,
-        consistency: str | None, ttl_ms: int | None,
-    ) -> asyncio.Future[list[Any]]:  # fmt: skip
-        if self._closed:
-            raise ShardUnavailable(self._closed)
-        future: asyncio.Future[list[Any]] = self._loop.create_future()
-        group = _Group(len(pairs), future)
-        now_ns, submit = self._clock.now_ns(), self._session.submit
-        for i, (key, value) in enumerate(pairs):
-            submit(kind, key, value, (group, i), now_ns, keyspace, consistency, False, None, ttl_ms)
-        self._driver.wake()
-        return future
 
     # ---- scans and information ----
 

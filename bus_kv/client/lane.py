@@ -34,6 +34,16 @@ class Columns:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def extend(
+        self, kind: int, keys: list[bytes], values: Sequence[bytes | None], tokens: list[Any],
+        deadline_ns: int,
+    ) -> None:  # fmt: skip
+        self.kinds += bytes([kind]) * len(keys)
+        self.keys += keys
+        self.values += values
+        self.tokens += tokens
+        self.deadlines_ns += [deadline_ns] * len(keys)
+
     def fitting(self, count: int, bytes_max: int) -> int:
         """How many of the first `count` operations fit into a batch of `bytes_max`; at least one."""
         keys, values = self.keys[:count], [v for v in self.values[:count] if v]

@@ -133,6 +133,33 @@ class Session:
         waiting.deadlines_ns.append(deadline_ns)
         return None
 
+    def submit_many(
+        self, kind: int, keys: list[bytes], values: Sequence[bytes | None], tokens: list[Any],
+        now_ns: int, keyspace: str, consistency: str | None, ttl_ms: int | None,
+    ) -> None:  # fmt: skip
+        """`submit` for many, none of them conditional; in one go when they belong to one shard."""
+        lane = self._lane_of(kind == b.GET, min(keys), keyspace, consistency)
+        room = self._knobs.client_pending_operations_max - self._pending
+        if (
+            lane is None
+            or len(keys) > room
+            or ttl_ms is not None
+            or not self._owns(lane, max(keys))
+        ):
+            for row in zip(keys, values, tokens, strict=True):
+                self.submit(kind, *row, now_ns, keyspace, consistency, ttl_ms=ttl_ms)
+            return
+        self._pending += len(keys)
+        if not lane.waiting.keys:
+            self._dirty.append(lane)
+        lane.waiting.extend(kind, keys, values, tokens, now_ns + self._timeout_ns)
+
+    def _owns(self, lane: Lane, key: bytes) -> bool:
+        assert self.routes is not None
+        route = self.routes.find(lane.keyspace, key)
+        is_range = self.routes.keyspaces[lane.keyspace].policy == "range"
+        return is_range and route is not None and route.shard == lane.shard
+
     def call(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
         """Ask any node. What may be sent again is, under one request_id, until it is answered or its time is over."""
         if self._pending >= self._knobs.client_pending_operations_max:
