@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Mapping
 
+    from bus_kv.protocol.batch import Batch
+
+    Record: TypeAlias = tuple[bytes, int, int, int | None]
+    """(value, epoch, seq, expires_at)."""
+
 # ---- events: something happened ----
 
 
@@ -67,7 +72,25 @@ class Stored:
     conflict: bool = False
 
 
-Event: TypeAlias = Received | Responded | AppendCompleted | AppendStalled | Stored
+@dataclass(slots=True)
+class Answered:
+    """The state's answer to a query or a fold. `failure` says why there is none; asking again later may help."""
+
+    ticket: int
+    rows: list[Any] = field(default_factory=list)
+    failure: str | None = None
+
+
+@dataclass(slots=True)
+class FoldStalled:
+    """The state cannot take more for now (disk full). It tries again by itself; an empty reason: it goes on."""
+
+    reason: str
+
+
+Event: TypeAlias = (
+    Received | Responded | AppendCompleted | AppendStalled | Stored | Answered | FoldStalled
+)
 
 # ---- effects: something to do ----
 
@@ -121,7 +144,149 @@ class Halt:
     message: str
 
 
-Effect: TypeAlias = Publish | Request | Subscribe | StoreGet | StoreCas | Halt
+@dataclass(slots=True)
+class Trim:
+    """Entries of a shard up to this seq are no longer needed in the log."""
+
+    shard: str
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedBatch:
+    """A committed batch with its primary's decisions, as the log has it."""
+
+    batch: Batch
+    outcomes: bytes
+    epoch: int
+    first: int
+    """Seq of its first applied operation."""
+    time_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Up to where the state of a shard holds its log: (epoch, seq) and time of the last entry, and what it amounts to."""
+
+    epoch: int = 0
+    last: int = 0
+    time_ms: int = 0
+    keys: int = 0
+    data_bytes: int = 0
+
+
+@dataclass(slots=True)
+class Fold:
+    """Bring committed operations of one shard into the state, all of them with the mark in one transaction."""
+
+    ticket: int
+    shard: str
+    keyspace: str
+    records: dict[bytes, Record | None]
+    """Newest record of every key they wrote; None: deleted."""
+    batches: list[LoggedBatch]
+    mark: Mark
+
+
+@dataclass(slots=True)
+class Lookup:
+    """Records of these keys -> [(key, value, epoch, seq, expires_at)], absent keys left out."""
+
+    ticket: int
+    shard: str
+    keys: list[bytes]
+
+
+@dataclass(slots=True)
+class RangeRead:
+    """Records of [start, end) in key order -> rows as Lookup's; fewer than `limit` only at the end of the range.
+
+    `bytes_max` ends it earlier, after at least one row; `values` False leaves None in place of every value.
+    """
+
+    ticket: int
+    shard: str
+    start: bytes
+    end: bytes | None
+    limit: int
+    bytes_max: int
+    reverse: bool = False
+    values: bool = True
+
+
+@dataclass(slots=True)
+class RangeCount:
+    """How many keys lie in [start, end) -> [count]."""
+
+    ticket: int
+    shard: str
+    start: bytes
+    end: bytes | None
+
+
+@dataclass(slots=True)
+class KeysAfter:
+    """The next keys in the order of the table, from position `after` on -> [(position, [keys])], [] at its end."""
+
+    ticket: int
+    shard: str
+    after: int
+    count: int
+
+
+@dataclass(slots=True)
+class Expiring:
+    """Lifetimes that end at or before `until_ms`, the earliest first -> [(expires_at, key, seq)], `limit` at most."""
+
+    ticket: int
+    shard: str
+    until_ms: int
+    limit: int
+
+
+@dataclass(slots=True)
+class RequestsOf:
+    """Logged batches of a client that may hold these request numbers, and its floor ->
+    [floor, (numbers, indexes, outcomes, epoch, first, time_ms)…]."""
+
+    ticket: int
+    shard: str
+    client: str
+    first: int
+    last: int
+
+
+@dataclass(slots=True)
+class HistoryOf:
+    """Versions of a key below `before` (epoch, seq), newest first ->
+    [(epoch, seq, op, value, time_ms, client, number)], `limit` at most."""
+
+    ticket: int
+    shard: str
+    key: bytes
+    before: tuple[int, int] | None
+    limit: int
+    bytes_max: int
+
+
+@dataclass(slots=True)
+class Sql:
+    """A user's query over the kv and oplog of these shards -> [columns, rows]; a failure carries code and message."""
+
+    ticket: int
+    shards: list[str]
+    query: str
+    rows_max: int
+    bytes_max: int
+    timeout_ms: int
+
+
+Query: TypeAlias = (
+    Lookup | RangeRead | RangeCount | KeysAfter | Expiring | RequestsOf | HistoryOf | Sql
+)
+Effect: TypeAlias = (
+    Publish | Request | Subscribe | StoreGet | StoreCas | Halt | Trim | Fold | Query
+)
 
 
 @dataclass(slots=True)
