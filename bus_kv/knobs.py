@@ -59,10 +59,26 @@ class Knobs:
     """A gateway or a primary answers within this, with OUTCOME_UNKNOWN if need be."""
     dedup_window_ms: int = 3_600_000
     """How long the outcome of a request_id is kept."""
-    dedup_runs_max: int = 2_000_000
-    """Logged batches whose outcomes are kept per shard; past it the window is shorter than an hour."""
+    dedup_runs_max: int = 50_000
+    """Logged batches per shard whose outcomes are in memory; older ones of the window are looked up on disk."""
     dedup_clients_max: int = 100_000
     """Clients whose last request number is remembered after the window has passed."""
+    cache_mb: int = 256
+    """Bound of the values that a shard's cache holds in memory; what is older is read from disk."""
+    fold_interval_ms: int = 2000
+    """Committed operations go to disk at least this often."""
+    fold_bytes: int = 16 << 20
+    """They go earlier once their batches have this many bytes."""
+    unfolded_bytes_max: int = 128 << 20
+    """Committed and not yet in the state, per shard; past it OVERLOADED at once."""
+    duckdb_memory_mb: int = 768
+    """What DuckDB may take: its index of the keys, and queries."""
+    oplog_keep_s: float = 30 * 24 * 3600.0
+    """How long the operation log is kept."""
+    oplog_keep_mb: int = 16 << 10
+    """And how much of it, in megabytes of keys and values."""
+    log_keep_bytes: int = 64 << 20
+    """Entries that the log keeps per shard although the state has them, for whoever has to catch up."""
     expire_batch_operations_max: int = 1000
     """Expirations written in one turn, so that a mass expiry does not delay requests."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import bus_kv
-from bus_kv.core.machine import AppendCompleted, Halt
+from bus_kv.core.machine import AppendCompleted, Halt, Mark
 from bus_kv.errors import MalformedRequest
 from bus_kv.protocol.requests import VERBS
 from bus_kv.protocol.sizes import MAX_PAYLOAD_BYTES_MIN
@@ -22,6 +22,8 @@ from bus_kv.runtime.service import Service, ServiceInfo
 from bus_kv.subjects import QUEUE, Subjects
 from nodes.log import DiskError, NodeLog
 from nodes.machine.node import NodeConfig, NodeMachine
+from nodes.machine.replica import Past
+from nodes.state import StateStore, set_aside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,28 +44,38 @@ class NodeOptions:
     knobs: Knobs
     zone: str | None = None
     weight: int = 1
+    rebuild: bool = False
+    """Set the state aside and build it again from the log."""
 
 
 async def serve_node(options: NodeOptions, stop: asyncio.Event) -> int:
     """Run a node until `stop` or until it has to halt. Raises ProcessError, BusUnreachable, CredentialsRefused."""
-    node_log = _open_log(options)
-    host = NodeHost(options, node_log)
-    try:
-        return await host.run(stop)
-    finally:
-        await asyncio.to_thread(node_log.close)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            node_log = NodeLog(options.data, options.id)
+            stack.push_async_callback(asyncio.to_thread, node_log.close)
+            state = _open_state(options, node_log.incarnation)
+            stack.push_async_callback(asyncio.to_thread, state.close)
+        except DiskError as error:
+            raise ProcessError(str(error)) from None
+        return await NodeHost(options, node_log, state).run(stop)
 
 
-def _open_log(options: NodeOptions) -> NodeLog:
-    try:
-        return NodeLog(options.data, options.id)
-    except DiskError as error:
-        raise ProcessError(str(error)) from None
+def _open_state(options: NodeOptions, incarnation: str) -> StateStore:
+    if options.rebuild:
+        aside = set_aside(options.data)
+        log.warning("the state is built again; the former one is %s", aside or "not there")
+    knobs = options.knobs
+    return StateStore(
+        options.data, incarnation, memory_mb=knobs.duckdb_memory_mb,
+        oplog_keep_s=knobs.oplog_keep_s, oplog_keep_bytes=knobs.oplog_keep_mb << 20,
+        dedup_window_ms=knobs.dedup_window_ms, clients_max=knobs.dedup_clients_max,
+    )  # fmt: skip
 
 
 class NodeHost:
-    def __init__(self, options: NodeOptions, node_log: NodeLog) -> None:
-        self._options, self._log = options, node_log
+    def __init__(self, options: NodeOptions, node_log: NodeLog, state: StateStore) -> None:
+        self._options, self._log, self._state = options, node_log, state
         self._subjects = Subjects(options.connection.root)
         self._clock = Clock()
         self._bus = NatsBus(options.connection, self._on_restored)
@@ -99,6 +111,7 @@ class NodeHost:
         self._driver = Driver(
             self._machine, self._bus, self._clock,
             inbox_messages_max=options.knobs.inbox_messages_max, store=store, log=self._log,
+            state=self._state,
             subjects={
                 "verb": (lambda _: self._subjects.any_verb, QUEUE),
                 "shard": (self._subjects.shard_request, ""),
@@ -106,10 +119,11 @@ class NodeHost:
             refuse=self._machine.overloaded,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
-        self._log.start(
-            lambda event: loop.call_soon_threadsafe(self._driver.offer, event),
-            lambda error: loop.call_soon_threadsafe(self._on_disk_failure, error),
-        )
+        for disk in (self._log, self._state):
+            disk.start(
+                lambda event: loop.call_soon_threadsafe(self._driver.offer, event),
+                lambda error: loop.call_soon_threadsafe(self._on_disk_failure, error),
+            )
 
     def _next_run(self) -> int:
         try:
@@ -118,13 +132,20 @@ class NodeHost:
             raise ProcessError(str(error)) from None
 
     def _restore(self) -> None:
-        """Replay the log. It ends before the node says a word on the bus."""
+        """Replay the log behind what the state has. It ends before the node says a word on the bus."""
         try:
+            marks = self._state.marks()
             for row in self._log.replicas():
-                replica = self._machine.restore(row)
-                for entry in self._log.entries(row.shard):
+                mark = marks.get(row.shard, Mark())
+                self._check_log(row.shard, mark)
+                past = Past(mark, self._state.clients(row.shard))
+                replica = self._machine.restore(row, past)
+                for entry in self._log.entries(row.shard, after=mark.last):
                     replica.replay(entry)
-                log.info("shard %s restored up to seq %d", row.shard, replica.last[1])
+                log.info(
+                    "shard %s restored up to seq %d, %d of them from the state", row.shard,
+                    replica.last[1], mark.last,
+                )  # fmt: skip
         except DiskError as error:
             raise ProcessError(str(error)) from None
         except (MalformedRequest, AssertionError, KeyError, TypeError, ValueError) as error:
@@ -132,6 +153,14 @@ class NodeHost:
                 f"the log {self._log.path} is damaged ({error}); restore the file from a backup, "
                 "or move the data directory away and start the node with an empty one"
             ) from None
+
+    def _check_log(self, shard: str, mark: Mark) -> None:
+        """The newest entry stays in the log: one that ends before the state does is not the log that belongs to it."""
+        if self._log.end(shard) < mark.last:
+            raise DiskError(
+                f"the log {self._log.path} ends at {self._log.end(shard)} of shard {shard}, before the "
+                f"state, which has it up to {mark.last}: it is an older copy; put the right one back"
+            )
 
     async def _listen(self) -> None:
         id, driver, subjects = self._options.id, self._driver, self._subjects

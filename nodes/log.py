@@ -20,7 +20,14 @@ from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.machine import Append, AppendCompleted, AppendStalled, EntryRow, ReplicaRow
+from bus_kv.core.machine import (
+    Append,
+    AppendCompleted,
+    AppendStalled,
+    EntryRow,
+    ReplicaRow,
+    Trim,
+)  # fmt: skip
 from nodes.wal import cut_commits
 
 if TYPE_CHECKING:
@@ -31,6 +38,7 @@ FORMAT_VERSION = 1
 LOG_NAME = "log.sqlite"
 LOCK_NAME = "LOCK"
 STALL_RETRY_S = 0.2
+TRIM_ENTRIES = 8
 ONE_STATEMENT_ENTRIES_MAX = 100
 """A group of up to this many entries is one INSERT, a transaction by itself. Every call into SQLite lets go of the
 interpreter and has to get it back from a busy event loop; one call does that once."""
@@ -77,6 +85,8 @@ class NodeLog:
         self._on_event: Callable[[Any], object] = lambda _: None
         self._on_failure: Callable[[DiskError], object] = lambda _: None
         self._queue: deque[Append] = deque()
+        self._trims: dict[str, int] = {}
+        """Shard -> seq up to which its entries may go."""
         self._filled = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="log", daemon=True)
@@ -148,11 +158,22 @@ class NodeLog:
                 raise _damaged(self.path, f"the row of replica {columns[0]} has a wrong checksum")
         return [ReplicaRow(a, b, c, d, json.loads(record)) for a, b, c, d, record, _ in rows]
 
-    def entries(self, shard: str) -> Iterator[EntryRow]:
-        """The shard's log, in order. Raises DiskError when an entry is not as it was written."""
-        query = "SELECT last, epoch, checksum, body FROM entries WHERE shard = ? ORDER BY last"
+    def end(self, shard: str) -> int:
+        """Last seq of the shard's log, 0 when it is empty. Raises DiskError."""
+        query = "SELECT max(last) FROM entries WHERE shard = ?"
         try:
-            for last, epoch, checksum, body in self._db.execute(query, (shard,)):
+            return self._db.execute(query, (shard,)).fetchone()[0] or 0
+        except sqlite3.Error as error:
+            raise _explain(self.path, error) from None
+
+    def entries(self, shard: str, after: int = 0) -> Iterator[EntryRow]:
+        """The shard's log behind seq `after`, in order. Raises DiskError when an entry is not as it was written."""
+        query = (
+            "SELECT last, epoch, checksum, body FROM entries WHERE shard = ? AND last > ? "
+            "ORDER BY last"
+        )
+        try:
+            for last, epoch, checksum, body in self._db.execute(query, (shard, after)):
                 if _checksum(shard, last, epoch, body) != checksum:
                     raise _damaged(self.path, f"entry {last} of shard {shard} has a wrong checksum")
                 yield EntryRow(shard, last, epoch, body)
@@ -172,6 +193,10 @@ class NodeLog:
         with self._filled:
             self._queue.append(append)
             self._filled.notify()
+
+    def trim(self, trim: Trim) -> None:
+        with self._filled:
+            self._trims[trim.shard] = trim.last
 
     def close(self, deadline_s: float = 5.0) -> None:
         """Finish what was appended, then let go of the directory."""
@@ -200,6 +225,7 @@ class NodeLog:
             except Exception as error:  # whatever it is, nobody may wait for this thread in vain
                 return self._on_failure(DiskError(f"the log {self.path} failed: {error!r}"))
             self._on_event(AppendCompleted(group[-1].ticket))
+            self._trim_some(sum(len(append.entries) for append in group))
 
     def _commit_until_done(self, group: list[Append]) -> None:
         while True:
@@ -211,6 +237,23 @@ class NodeLog:
                 if self._closing:
                     raise DiskError(f"{self.path}: closed while the disk was full")
                 self._filled.wait(STALL_RETRY_S)
+
+    def _trim_some(self, added: int) -> None:
+        """Delete a few more entries than were added: soon none is left to delete, and no commit waits long for it."""
+        if not self._trims:
+            return
+        count = 2 * added + TRIM_ENTRIES
+        for shard, last in [*self._trims.items()]:
+            try:
+                deleted = self._db.execute(
+                    "DELETE FROM entries WHERE shard = ?1 AND last IN (SELECT last FROM entries "
+                    "WHERE shard = ?1 AND last <= ?2 ORDER BY last LIMIT ?3)",
+                    (shard, last, count),
+                ).rowcount
+            except sqlite3.Error:
+                return  # a full disk: when there is space again
+            if deleted < count and self._trims[shard] == last:
+                del self._trims[shard]
 
     def _commit(self, group: list[Append]) -> None:
         entries = [

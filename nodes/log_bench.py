@@ -61,7 +61,7 @@ def _body(count: int, arguments: argparse.Namespace) -> bytes:
         numbers=range(1, count + 1),
     )
     outcomes = bytes([b.CREATED]) * count
-    return Entry("s1", 1, 1, count, (1, 0), 0, (outcomes,), (batch.encode(),)).encode()
+    return Entry("s1", 1, 1, count, (1, 0), 0, 0, (outcomes,), (batch.encode(),)).encode()
 
 
 def measure(directory: Path, body: bytes, count: int, timing: Timing) -> dict[str, Any]:

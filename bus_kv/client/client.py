@@ -9,9 +9,10 @@ from contextlib import asynccontextmanager
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.client.results import Entry, Receipt
+from bus_kv.client.pages import count_pages, pages, range_fields
+from bus_kv.client.results import Entry, PastVersion, Receipt, Rows
 from bus_kv.client.session import Session
-from bus_kv.errors import BusKVError, MalformedRequest, ShardUnavailable
+from bus_kv.errors import BusKVError, MalformedRequest, ShardUnavailable, from_body
 from bus_kv.knobs import KEY_BYTES_MAX, Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.sizes import Sizes
@@ -297,23 +298,46 @@ class Client:
 
         Each page is read at one moment; keys that change between pages are seen as they are then.
         """
-        fields: dict[str, Any] = {"reverse": reverse, "keys_only": keys_only, "keyspace": keyspace}
-        for name, bound in (("start", start), ("end", end), ("prefix", prefix)):
-            if bound is not None:
-                fields[name] = _bytes(bound)
-        if consistency is not None:
-            fields["consistency"] = consistency
-        left = limit
-        while left is None or left > 0:
-            fields["limit"] = page_size if left is None else min(left, page_size)
-            page = await self.call("scan", fields)
-            for item in page["items"]:
+        bounds = {"start": start, "end": end, "prefix": prefix}
+        fields = range_fields(bounds, keyspace, consistency)
+        fields |= {"reverse": reverse, "keys_only": keys_only}
+        async for items in pages(self.call, "scan", fields, "items", limit, page_size):
+            for item in items:
                 epoch, seq = item["version"]
                 yield Entry(item["key"], item.get("value"), (epoch, seq))
-            left = None if left is None else left - len(page["items"])
-            if page["cursor"] is None:
-                return
-            fields["cursor"] = page["cursor"]
+
+    async def count(
+        self, start: Text | None = None, end: Text | None = None, *, prefix: Text | None = None,
+        consistency: str | None = None, keyspace: str = "default",
+    ) -> int:  # fmt: skip
+        """How many keys there are in [start, end) or of a prefix; each page is counted at one moment, as in a scan."""
+        bounds = {"start": start, "end": end, "prefix": prefix}
+        return await count_pages(self.call, range_fields(bounds, keyspace, consistency))
+
+    async def history(
+        self, key: Text, *, limit: int | None = None, keyspace: str = "default"
+    ) -> AsyncIterator[PastVersion]:
+        """What was written to a key, newest first, as far back as it is kept; `limit` None means all of it."""
+        fields: dict[str, Any] = {"key": _key(key), "keyspace": keyspace}
+        async for versions in pages(self.call, "history", fields, "versions", limit):
+            for past in versions:
+                yield PastVersion.from_wire(past)
+
+    async def sql(self, query: str) -> Rows:
+        """A SELECT over the views `kv` and `oplog` of the whole cluster. Raises SqlRefused, SqlFailed."""
+        reply = await self.call("sql", {"query": query})
+        return Rows(reply["columns"], reply["rows"])
+
+    async def delete_prefix(self, prefix: Text, *, keyspace: str = "default") -> int:
+        """Delete every key that begins so, part by part and not atomically; how many keys that were."""
+        operation = {"op": "delete_prefix", "prefix": _bytes(prefix)}
+        deleted, more = 0, True
+        while more:
+            (result,) = await self.batch([operation], keyspace=keyspace)
+            if "code" in result:
+                raise from_body(result)
+            deleted, more = deleted + result["deleted"], result["more"]
+        return deleted
 
     async def batch(
         self, operations: Sequence[dict[str, Any]], *, atomic: bool = False,

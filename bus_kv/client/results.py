@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bus_kv.protocol.batch import Version
@@ -58,3 +58,47 @@ class Entry:
 
     def __repr__(self) -> str:
         return f"Entry(key={self.key!r}, value={self.value!r}, version={self.version})"
+
+
+class PastVersion:
+    """One write of a key's history.
+
+    `op` is put, delete or expire; `value` is what a put wrote, else None; `time_ms` is the primary's, in milliseconds
+    since the Unix epoch; `request_id` ("<client>:<number>") names the request, None for what no client asked for.
+    """
+
+    __slots__ = ("op", "request_id", "time_ms", "value", "version")
+
+    def __init__(
+        self, version: Version, op: str, value: bytes | None, time_ms: int, request_id: str | None
+    ) -> None:
+        self.version = version
+        self.op = op
+        self.value = value
+        self.time_ms = time_ms
+        self.request_id = request_id
+
+    @classmethod
+    def from_wire(cls, fields: dict[str, Any]) -> PastVersion:
+        epoch, seq = fields["version"]
+        value, request_id = fields.get("value"), fields.get("request_id")
+        return cls((epoch, seq), fields["op"], value, fields["time"], request_id)
+
+    def __repr__(self) -> str:
+        return f"PastVersion(version={self.version}, op={self.op!r}, value={self.value!r})"
+
+
+class Rows:
+    """What a SQL query returns: the names of its columns, and its rows, a value for each column.
+
+    A value is None, bool, int, float, str, bytes, list or dict; times are ISO 8601 text in UTC.
+    """
+
+    __slots__ = ("columns", "rows")
+
+    def __init__(self, columns: list[str], rows: list[list[Any]]) -> None:
+        self.columns = columns
+        self.rows = rows
+
+    def __repr__(self) -> str:
+        return f"Rows(columns={self.columns}, {len(self.rows)} rows)"

@@ -166,7 +166,7 @@ class LoggedBatch:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Up to where the state of a shard holds its log: (epoch, seq) and time of the last entry, and what it amounts to."""
+    """Up to where the state of a shard holds its log: (epoch, seq) and time of the last entry; what it amounts to."""
 
     epoch: int = 0
     last: int = 0
@@ -199,9 +199,8 @@ class Lookup:
 
 @dataclass(slots=True)
 class RangeRead:
-    """Records of [start, end) in key order -> rows as Lookup's; fewer than `limit` only at the end of the range.
-
-    `bytes_max` ends it earlier, after at least one row; `values` False leaves None in place of every value.
+    """Records of [start, end) in key order -> rows as Lookup's: `limit` of them, or up to the one with which keys and
+    values come to `bytes_max`, or all there are. `values` False leaves None in place of every value.
     """
 
     ticket: int
@@ -212,6 +211,11 @@ class RangeRead:
     bytes_max: int
     reverse: bool = False
     values: bool = True
+
+    def goes_on(self, rows: list[Any]) -> bool:
+        """Whether the range may hold more than these rows."""
+        sizes = sum([len(row[0]) + len(row[1] or b"") for row in rows])
+        return len(rows) >= self.limit or sizes >= self.bytes_max
 
 
 @dataclass(slots=True)
@@ -284,9 +288,7 @@ class Sql:
 Query: TypeAlias = (
     Lookup | RangeRead | RangeCount | KeysAfter | Expiring | RequestsOf | HistoryOf | Sql
 )
-Effect: TypeAlias = (
-    Publish | Request | Subscribe | StoreGet | StoreCas | Halt | Trim | Fold | Query
-)
+Effect: TypeAlias = Publish | Request | Subscribe | StoreGet | StoreCas | Halt | Trim | Fold | Query
 
 
 @dataclass(slots=True)

@@ -32,6 +32,9 @@ class Entry:
     """(epoch, last seq) of the entry before it: what log matching compares (R2)."""
     time_ms: int
     """Log time: milliseconds since the Unix epoch, never less than in the entry before (R5)."""
+    data_bytes: int = 0
+    """What the entry adds to the sizes of keys and values, negative when it takes away: replicas need not read what was
+    there before to know it."""
     outcomes: tuple[bytes, ...] = ()
     """The primary's decision about each operation, one byte string per batch."""
     batches: tuple[bytes, ...] = ()
@@ -41,7 +44,7 @@ class Entry:
     def encode(self) -> bytes:
         header = [
             self.shard, self.epoch, self.first, self.last, self.previous, self.time_ms,
-            self.outcomes, self.record,
+            self.data_bytes, self.outcomes, self.record,
         ]  # fmt: skip
         return encode_cbor({"header": header, "batches": self.batches})
 
@@ -54,8 +57,8 @@ class Entry:
 def decode_entry(body: bytes) -> Entry:
     """Raises MalformedRequest, KeyError, TypeError or ValueError when the bytes are no entry."""
     fields = decode_cbor(body)
-    shard, epoch, first, last, previous, time_ms, outcomes, record = fields["header"]
+    shard, epoch, first, last, previous, time_ms, data_bytes, outcomes, record = fields["header"]
     return Entry(
-        shard, epoch, first, last, tuple(previous), time_ms,
+        shard, epoch, first, last, tuple(previous), time_ms, data_bytes,
         tuple(outcomes), tuple(fields["batches"]), record,
     )  # fmt: skip

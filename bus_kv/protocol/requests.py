@@ -45,12 +45,14 @@ class ScanRequest:
     limit: int = knobs.SCAN_LIMIT_DEFAULT
     reverse: bool = False
     keys_only: bool = False
+    count_only: bool = False
     verb: str = field(default="scan", init=False)
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "start": self.start, "end": self.end, "limit": self.limit,
             "reverse": self.reverse, "keys_only": self.keys_only,
+            "count_only": self.count_only,
         }  # fmt: skip
 
 
@@ -233,6 +235,7 @@ def read_range(request: ScanRequest, take: Callable[..., Any]) -> None:
     request.limit = take("limit", int, knobs.SCAN_LIMIT_DEFAULT)
     request.reverse = take("reverse", bool, False)
     request.keys_only = take("keys_only", bool, False)
+    request.count_only = take("count_only", bool, False)
     if not 1 <= request.limit <= knobs.SCAN_LIMIT_MAX:
         raise MalformedRequest(f"limit is from 1 to {knobs.SCAN_LIMIT_MAX}")
 

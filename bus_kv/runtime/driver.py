@@ -19,6 +19,7 @@ from bus_kv.core.machine import (
     Stored,
     StoreGet,
     Subscribe,
+    Trim,
     turn,
 )  # fmt: skip
 from bus_kv.runtime.nats_bus import BusError
@@ -26,7 +27,7 @@ from bus_kv.runtime.nats_bus import BusError
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from bus_kv.core.machine import Append, Event, Machine
+    from bus_kv.core.machine import Append, Event, Fold, Machine, Query
     from bus_kv.runtime.clock import Clock
     from bus_kv.runtime.nats_bus import MapStore, NatsBus, Subscription
 
@@ -35,6 +36,14 @@ class Log(Protocol):
     def append(self, append: Append) -> None:
         """Make it durable; completion is offered as AppendCompleted, in order."""
 
+    def trim(self, trim: Trim) -> None:
+        """Forget entries when there is time."""
+
+
+class State(Protocol):
+    def submit(self, effect: Fold | Query) -> None:
+        """Never blocks; the answer is offered as Answered."""
+
 
 class Driver:
     def __init__(
@@ -42,6 +51,7 @@ class Driver:
         inbox_messages_max: int,
         store: MapStore | None = None,
         log: Log | None = None,
+        state: State | None = None,
         subjects: dict[str, tuple[Callable[[str], str], str]] | None = None,
         refuse: Callable[[Received], Publish | None] | None = None,
     ) -> None:  # fmt: skip
@@ -50,6 +60,7 @@ class Driver:
         self.machine = machine
         self.halt: Halt | None = None
         self._bus, self._clock, self._store, self._log = bus, clock, store, log
+        self._state = state
         self._subjects = subjects or {}
         self._refuse = refuse
         self._inbox: deque[Event] = deque()
@@ -149,6 +160,12 @@ class Driver:
                 await self._subscribe(channel, name, active)
             case Halt():
                 self.halt = effect
+            case Trim():
+                assert self._log is not None
+                self._log.trim(effect)
+            case query:
+                assert self._state is not None
+                self._state.submit(query)
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -163,7 +163,9 @@ class Gateway:
         if part.batch is None:
             shard = self._scan_shard(part)
             if shard is None:
-                empty: dict[str, Any] = {"items": [], "cursor": None}
+                counts = part.call.request.count_only  # type: ignore[union-attr]
+                none: dict[str, Any] = {"count": 0} if counts else {"items": []}
+                empty = {**none, "cursor": None}
                 return self._finish_part(part.call, part.positions, [empty])
         else:
             groups = self._group(part.keyspace, part.batch)
@@ -207,10 +209,8 @@ class Gateway:
             return self._node.submit(shard.id, part.batch, raw, shard.epoch, deadline_ns, respond)
         if here:
             assert isinstance(part.call.request, ScanRequest)
-            page = self._node.scan(shard.id, part.call.request, shard.epoch)
-            if isinstance(page, BusKVError):
-                return self._on_failure(part, page)
-            return self._on_page(part, *page)
+            respond = partial(self._on_page, part)
+            return self._node.scan(shard.id, part.call.request, shard.epoch, respond)
         body: dict[str, Any] = {"epoch": shard.epoch}
         if part.batch is not None:
             body["batch"] = part.batch.encode()
@@ -250,8 +250,8 @@ class Gateway:
             return True
         if reply is not None:
             self._on_reply(part, reply)
-        elif "items" in fields:
-            self._on_page(part, fields["items"], fields["next"])
+        elif "next" in fields:
+            self._on_page(part, fields)
         else:
             self._on_failure(part, from_body(fields))
         return True
@@ -273,13 +273,16 @@ class Gateway:
                 results[i] = _too_much().to_body()
         return self._finish_part(part.call, part.positions, results)
 
-    def _on_page(self, part: _Part, items: list[dict[str, Any]], position: bytes | None) -> None:
+    def _on_page(self, part: _Part, page: dict[str, Any] | BusKVError) -> None:
+        if isinstance(page, BusKVError):
+            return self._on_failure(part, page)
         request = part.call.request
         assert isinstance(request, ScanRequest)
+        position = page.pop("next")
         if position is None:
             position = self._beyond(part, request)
-        cursor = None if position is None else make_cursor(request, position)
-        self._finish_part(part.call, part.positions, [{"items": items, "cursor": cursor}])
+        page["cursor"] = None if position is None else make_cursor(request, position)
+        return self._finish_part(part.call, part.positions, [page])
 
     def _beyond(self, part: _Part, request: ScanRequest) -> bytes | None:
         """Where the scan goes on behind the shard that is exhausted; None at the end of its range."""

@@ -14,6 +14,9 @@ from bus_kv.protocol.batch import Batch, BatchReply
 from bus_kv.protocol.sizes import READ_BYTES, RESULT_BYTES
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bus_kv.core.machine import LoggedBatch
     from nodes.machine.replica import Replica
     from nodes.machine.table import Record, Writes
 
@@ -24,6 +27,8 @@ class Decision:
 
     writes: Writes
     outcomes: bytes
+    data_bytes: int
+    """What the writes add to the sizes of keys and values."""
     reply: BatchReply
 
 
@@ -31,10 +36,12 @@ class Judge:
     """Decides a batch operation by operation: conditions, lifetimes, repeats, deletes, gets, atomic batches."""
 
     def __init__(
-        self, replica: Replica, batch: Batch, time_ms: int,
+        self, replica: Replica, batch: Batch, before: Mapping[bytes, Record | None], time_ms: int,
         seen: dict[int, tuple[b.Version, int] | OutcomeUnknown],
     ) -> None:  # fmt: skip
+        """`before` has the record of each key at the end of the log."""
         self.replica, self.batch, self.time_ms, self.seen = replica, batch, time_ms, seen
+        self.before = before
         self.epoch, self.seq = replica.shard.epoch, replica.last[1]
         count = len(batch)
         self.writes: Writes = {}
@@ -55,10 +62,11 @@ class Judge:
             self._undo()
         self.reply.outcomes = bytes(self.outcomes)
         self._add_values()
-        return Decision(self.writes, bytes(self.logged), self.reply)
+        added = data_bytes_added(self.writes, {key: self.before[key] for key in self.writes})
+        return Decision(self.writes, bytes(self.logged), added, self.reply)
 
     def _latest(self, key: bytes) -> Record | None:
-        return self.writes[key] if key in self.writes else self.replica.latest(key)
+        return self.writes[key] if key in self.writes else self.before[key]
 
     def _repeat(self, i: int) -> None:
         earlier = self.seen[i]
@@ -139,14 +147,21 @@ def put_record(batch: Batch, i: int, epoch: int, seq: int, time_ms: int) -> Reco
     return (value, epoch, seq, None if ttl_ms is None else time_ms + ttl_ms)
 
 
-def logged_writes(batch: Batch, outcomes: bytes, epoch: int, seq: int, time_ms: int) -> Writes:
+def data_bytes_added(writes: Writes, before: Mapping[bytes, Record | None]) -> int:
+    """How much larger keys and values become, all together, by these writes; `before` has the records they replace."""
+    new = sum([len(key) + len(r[0]) for key, r in writes.items() if r is not None])
+    return new - sum([len(key) + len(r[0]) for key, r in before.items() if r is not None])
+
+
+def logged_writes(logged: LoggedBatch) -> Writes:
     """The writes of a logged batch: the same records that its primary made when it decided."""
     writes: Writes = {}
-    for i, outcome in enumerate(outcomes):
+    batch, seq = logged.batch, logged.first
+    for i, outcome in enumerate(logged.outcomes):
         if outcome == b.DELETED:
             writes[batch.keys[i]] = None
         elif outcome in b.APPLIED:
-            writes[batch.keys[i]] = put_record(batch, i, epoch, seq, time_ms)
+            writes[batch.keys[i]] = put_record(batch, i, logged.epoch, seq, logged.time_ms)
         seq += outcome in b.APPLIED
     return writes
 

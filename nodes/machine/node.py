@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.endpoints import Endpoint
 from bus_kv.core.machine import (
+    Answered,
     Append,
     AppendCompleted,
     AppendStalled,
     EntryRow,
+    FoldStalled,
     Halt,
     Publish,
     Ready,
@@ -62,13 +64,13 @@ from nodes.machine.control import Control
 from nodes.machine.fit import encode_fitting
 from nodes.machine.gateway import Gateway
 from nodes.machine.map_reader import MapReader
-from nodes.machine.replica import Replica, Status
+from nodes.machine.replica import Past, Replica, Status
 from nodes.machine.shard_requests import ShardRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import Effect, Event
+    from bus_kv.core.machine import Effect, Event, Fold, Query
     from bus_kv.protocol.batch import Batch
     from bus_kv.protocol.requests import ScanRequest
     from bus_kv.subjects import Subjects
@@ -107,6 +109,8 @@ class NodeMachine:
         """Shards that did not answer this node's last forward, and how."""
         self.stalled = ""
         """Why the log cannot take more at the moment."""
+        self.fold_stalled = ""
+        """Why the state cannot take more at the moment."""
         self._gateway = Gateway(self, f"{config.run[1]}-g")
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
@@ -122,22 +126,35 @@ class NodeMachine:
             deque()
         )
         self._ticket = 0
+        self._asked: dict[int, Callable[[list[Any], str | None], None]] = {}
+        """Who waits for the state's answer to which ticket."""
         self._correlation = 0
         self._timers = Timers()
         self._hello: int | None = None
 
     # ---- start ----
 
-    def restore(self, row: ReplicaRow) -> Replica:
-        """A replica that the disk remembers; its entries follow through `Replica.replay`, before `start`."""
-        replica = self.new_replica(shard_from_document(row.record))
+    def restore(self, row: ReplicaRow, past: Past) -> Replica:
+        """A replica that the disk remembers; its entries behind the mark follow by `Replica.replay`, before `start`."""
+        replica = self.new_replica(shard_from_document(row.record), past)
         replica.restore(row)
         return replica
 
-    def new_replica(self, shard: Shard) -> Replica:
-        replica = Replica(shard, self.config.id, self.knobs, self.sizes)
+    def new_replica(self, shard: Shard, past: Past | None = None) -> Replica:
+        replica = Replica(
+            shard, self.config.id, self.knobs, self.sizes, past or Past(), self.ask,
+            lambda: self.now_ns,
+        )  # fmt: skip
         self.replicas[shard.id] = replica
+        for held in self.replicas.values():
+            held.table.cache_bytes_max = (self.knobs.cache_mb << 20) // len(self.replicas)
         return replica
+
+    def ask(self, query: Query | Fold, then: Callable[[list[Any], str | None], None]) -> None:
+        """Put a query to the state on disk; `then` gets its rows, or why there are none."""
+        query.ticket = self._next_ticket()
+        self._asked[query.ticket] = then
+        self._effects.append(query)
 
     def start(self, now_ns: int) -> None:
         """Ask whether another process runs under this id; go on when none has said so."""
@@ -190,6 +207,10 @@ class NodeMachine:
                 self._on_stored(event)
             case AppendStalled(reason):
                 self.stalled = reason
+            case FoldStalled(reason):
+                self.fold_stalled = reason
+            case Answered(ticket, rows, failure):
+                self._asked.pop(ticket)(rows, failure)
 
     def on_deadline(self, now_ns: int) -> None:
         self.now_ns = now_ns
@@ -226,11 +247,13 @@ class NodeMachine:
             if rows:
                 entries += rows
                 ends.append((replica, rows[-1].last))
+            trim = replica.end_turn()
+            if trim is not None:
+                self._effects.append(trim)
         append = None
         if entries or self._rows:
-            self._ticket += 1
-            append = Append(self._ticket, entries, list(self._rows.values()))
-            self._appended.append((self._ticket, ends, self._after_rows))
+            append = Append(self._next_ticket(), entries, list(self._rows.values()))
+            self._appended.append((append.ticket, ends, self._after_rows))
             self._rows, self._after_rows = {}, []
         effects, self._effects = self._effects, []
         return Ready(effects, append)
@@ -326,15 +349,18 @@ class NodeMachine:
         except BusKVError as refusal:
             return respond(refusal)
         self._operations += len(batch)
-        return replica.submit(batch, raw, epoch, self.now_ns, deadline_ns, respond)
+        return replica.submit(batch, raw, epoch, deadline_ns, respond)
 
     def scan(
-        self, shard: str, request: ScanRequest, epoch: int
-    ) -> tuple[list[dict[str, Any]], bytes | None] | BusKVError:
+        self, shard: str, request: ScanRequest, epoch: int,
+        respond: Callable[[dict[str, Any] | BusKVError], None],
+    ) -> None:  # fmt: skip
+        """One page of a shard's part of a range."""
         try:
-            return self._serving_or_raise(shard).scan(request, epoch)
+            replica = self._serving_or_raise(shard)
         except BusKVError as refusal:
-            return refusal
+            return respond(refusal)
+        return replica.scans.scan(request, epoch, respond)
 
     def _serving_or_raise(self, shard: str) -> Replica:
         replica = self.serving(shard)
@@ -462,6 +488,10 @@ class NodeMachine:
 
     # ---- answers and plumbing ----
 
+    def _next_ticket(self) -> int:
+        self._ticket += 1
+        return self._ticket
+
     def next_correlation(self) -> int:
         self._correlation += 1
         return self._correlation
@@ -500,5 +530,5 @@ def _report(replica: Replica) -> ReplicaReport:
     table = replica.table
     return ReplicaReport(
         replica.shard.id, *replica.promised, str(replica.status), replica.last, replica.commit_seq,
-        len(table.records), table.data_bytes, replica.operations,
+        table.keys, table.data_bytes, replica.operations,
     )  # fmt: skip

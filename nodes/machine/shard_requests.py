@@ -54,10 +54,7 @@ class ShardRequests:
         shard, epoch, node = message.name, fields["epoch"], self._node
         deadline_ns = node.now_ns + node.answer_within_ns
         if "scan" in fields:
-            page = node.scan(shard, parse_shard_scan(fields["scan"]), epoch)
-            if isinstance(page, BusKVError):
-                return answer(page)
-            return answer({"items": page[0], "next": page[1]})
+            return node.scan(shard, parse_shard_scan(fields["scan"]), epoch, answer)
         if "batch" in fields:
             raw = fields["batch"]
             if type(raw) is not bytes:

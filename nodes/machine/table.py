@@ -1,97 +1,131 @@
-"""A shard's committed data in memory: records by key, keys in order, lifetimes in order.
+"""A shard's committed data in memory: what the state on disk does not hold yet, and a bounded cache of what it does.
 
 A record is (value, epoch, seq, expires_at): the value, the version of the write that made it, and the log time in
-milliseconds at which it expires, or None. Values live here until the fold moves them to disk.
+milliseconds at which it expires, or None. In every layer None stands for a key that is known to be absent.
+
+The cache is two generations. What is written or read enters `young`; when that has half the bound it becomes `old`,
+and the former `old` is dropped. So whatever `young` lacks and `old` has is the newest record, and nothing is kept in
+order. What was written since the last fold is in `dirty` as well, what a fold under way carries in `frozen`: these are
+the only copies beside the log, and are not bounded here but by the folder.
 """
 
 from __future__ import annotations
 
-import heapq
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sortedcontainers import SortedList
+
+from nodes.machine.key_filter import KeyFilter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bus_kv.protocol.requests import ScanRequest
+    from bus_kv.core.machine import Mark
 
 Record: TypeAlias = tuple[bytes, int, int, int | None]
 Writes: TypeAlias = dict[bytes, Record | None]
 """Newest record per key of one entry; None where the key was deleted."""
 
-_UNSORTED_MAX = 4096
-"""New keys wait unsorted until a scan needs them, up to this many, so that a load does not pay for order per key."""
+UNKNOWN: Any = object()
+"""Not in memory, and perhaps on disk."""
+
+RECORD_BYTES = 300
+"""What a record takes in memory beside its key and value."""
 
 
 class Table:
-    def __init__(self) -> None:
-        self.records: dict[bytes, Record] = {}
-        self.data_bytes = 0
-        self._sorted: SortedList[bytes] = SortedList()
-        self._unsorted: list[bytes] = []
-        self._lifetimes: list[tuple[int, bytes, int]] = []
+    def __init__(self, mark: Mark, cache_bytes_max: int) -> None:
+        self.keys = mark.keys
+        """How many keys are committed."""
+        self.data_bytes = mark.data_bytes
+        """Sum of the sizes of their keys and values."""
+        self.young: Writes = {}
+        self.old: Writes = {}
+        self.dirty: Writes = {}
+        self.frozen: Writes = {}
+        self.folds = 0
+        """Folds that ended: what was read from disk before the last one may lack what it took out of memory."""
+        self.filter = KeyFilter(2 * mark.keys, complete=mark.last == 0)
+        self.next_filter: KeyFilter | None = None
+        """The one that is being built from the keys on disk."""
+        self.cache_bytes_max = cache_bytes_max
+        self._young_bytes = 0
+        self._order: SortedList[bytes] = SortedList()
+        """Unfolded keys in order, those of `_ordered`; the others wait until a scan needs them."""
+        self._ordered: set[bytes] = set()
+        self._unordered: dict[bytes, None] = {}
 
-    def apply(self, writes: Writes) -> None:
-        """Make the writes of one committed entry visible, all at once."""
-        records = self.records
-        created = [key for key in writes if key not in records]
-        old = [records[key] for key in writes if key in records]
-        self.data_bytes -= sum([len(r[0]) for r in old])
-        gone = [key for key, record in writes.items() if record is None]
-        records.update(writes)  # type: ignore[arg-type]  # tombstones are taken out below
-        for key in gone:
-            del records[key]
-        new = [r for r in writes.values() if r is not None] if gone else [*writes.values()]
-        self.data_bytes += sum([len(r[0]) for r in new if r]) + sum(map(len, created))
-        for record, key in zip(writes.values(), writes, strict=True):
-            if record is not None and record[3] is not None:
-                heapq.heappush(self._lifetimes, (record[3], key, record[2]))
-        self._index(created, gone)
+    def get(self, key: bytes) -> Any:
+        """The key's record, None when it surely is absent, UNKNOWN when the disk has to be asked."""
+        record = self.young.get(key, UNKNOWN)
+        if record is not UNKNOWN:
+            return record
+        for layer in (self.old, self.dirty, self.frozen):
+            if key in layer:
+                record = layer[key]
+                self.learn({key: record})
+                return record
+        return UNKNOWN if self.filter.may_hold(key) else None
 
-    def _index(self, created: list[bytes], gone: list[bytes]) -> None:
-        self._unsorted += created
-        if gone:
-            self._sort()
-            for key in gone:
-                self._sorted.remove(key)
-                self.data_bytes -= len(key)
-        elif len(self._unsorted) >= _UNSORTED_MAX:
-            self._sort()
+    def apply(self, writes: Writes, keys: int, data_bytes: int) -> None:
+        """Make the writes of one committed entry visible, all at once; `keys` and `data_bytes` say what they add."""
+        self.keys += keys
+        self.data_bytes += data_bytes
+        fresh = [key for key in writes if key not in self.young]
+        self.filter.add(fresh)
+        if self.next_filter is not None:
+            self.next_filter.add(fresh)
+        self.dirty.update(writes)
+        self._unordered.update(dict.fromkeys(writes))
+        self.learn(writes)
 
-    def _sort(self) -> None:
-        self._sorted.update(self._unsorted)
-        self._unsorted.clear()
+    def learn(self, records: Writes) -> None:
+        """Keep records that are committed, as long as there is room."""
+        young = self.young
+        replaced = [young[key] for key in records if key in young]
+        self._young_bytes += (
+            _value_bytes(records) - sum([len(r[0]) for r in replaced if r is not None])
+            + (RECORD_BYTES + 20) * (len(records) - len(replaced))
+        )  # fmt: skip
+        young.update(records)
+        if self._young_bytes > self.cache_bytes_max // 2:
+            self.old, self.young, self._young_bytes = young, {}, 0
 
-    def next_expiry_ms(self) -> int | None:
-        return self._lifetimes[0][0] if self._lifetimes else None
+    # ---- the fold ----
 
-    def pop_expired(self, time_ms: int, count_max: int) -> list[bytes]:
-        """Keys whose record's lifetime ended at or before `time_ms`; each is told once."""
-        keys: list[bytes] = []
-        while self._lifetimes and self._lifetimes[0][0] <= time_ms and len(keys) < count_max:
-            _, key, seq = heapq.heappop(self._lifetimes)
-            record = self.records.get(key)
-            if record is not None and record[2] == seq:
-                keys.append(key)
-        return keys
+    def freeze(self) -> Writes:
+        """What the next fold carries to disk."""
+        assert not self.frozen, "one fold at a time"
+        self.frozen, self.dirty = self.dirty, {}
+        return self.frozen
 
-    def scan(self, request: ScanRequest, page_bytes_max: int) -> tuple[list[bytes], bytes | None]:
-        """Keys of one page and the position of the next (see `make_cursor`), None when the range is exhausted."""
-        self._sort()
-        page: list[bytes] = []
-        room = page_bytes_max
-        for key in self._range(request):
-            room -= len(key) + (0 if request.keys_only else len(self.records[key][0])) + 64
-            if page and (len(page) == request.limit or room < 0):
-                return page, page[-1] if request.reverse else key
-            page.append(key)
-        return page, None
+    def folded(self) -> None:
+        """The fold is on disk: its records are no longer held for it."""
+        self.frozen = {}
+        self.folds += 1
+        self._order, self._ordered = SortedList(), set()
+        self._unordered = dict.fromkeys(self.dirty)
 
-    def _range(self, request: ScanRequest) -> Iterator[bytes]:
-        if request.end is not None and request.end <= request.start:
+    # ---- in order ----
+
+    def unfolded(self, start: bytes, end: bytes | None, reverse: bool) -> Iterator[bytes]:
+        """Keys of [start, end) that memory has and the disk may not, in order."""
+        if end is not None and end <= start:
             return iter(())
-        keys: Iterator[bytes] = self._sorted.irange(
-            request.start, request.end, inclusive=(True, False), reverse=request.reverse
+        if self._unordered:
+            fresh = [key for key in self._unordered if key not in self._ordered]
+            self._order.update(fresh)
+            self._ordered.update(fresh)
+            self._unordered = {}
+        keys: Iterator[bytes] = self._order.irange(
+            start, end, inclusive=(True, False), reverse=reverse
         )
         return keys
+
+    def unfolded_record(self, key: bytes) -> Record | None:
+        """The record of a key that `unfolded` told."""
+        return self.dirty[key] if key in self.dirty else self.frozen[key]
+
+
+def _value_bytes(records: Writes) -> int:
+    return sum([len(record[0]) for record in records.values() if record is not None])

@@ -26,6 +26,8 @@ def _health(node: NodeMachine) -> dict[str, Any]:
     reasons += [f"shard {id} does not answer: {why}" for id, why in node.silent.items()]
     if node.stalled:
         reasons.append(f"node {node.config.id} cannot write its log: {node.stalled}")
+    if node.fold_stalled:
+        reasons.append(f"node {node.config.id} cannot write its state: {node.fold_stalled}")
     return {
         "status": "degraded" if reasons else "ok",
         "reasons": reasons,

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bus_kv.client import session
+from bus_kv.core.machine import Trim
 from bus_kv.knobs import Knobs
 from nodes.machine.dedup import DedupWindow
+from nodes.machine.folder import Folder
 from nodes.machine.judge import Judge
+from nodes.machine.lifetimes import Lifetimes
+from nodes.machine.loader import Loader
 from nodes.machine.replica import Replica, Status
-from nodes.machine.table import Table
 from tests.simulator.__main__ import run_many
 from tests.simulator.run import run
 from tests.simulator.world import Violation
@@ -62,21 +65,53 @@ def dedup_lost_at_restart(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forgetful(self: Replica, entry: object) -> None:
         replay(self, entry)  # type: ignore[arg-type]
-        self._dedup = DedupWindow(Knobs())
+        self._dedup = DedupWindow(Knobs(), (), 0)
 
     monkeypatch.setattr(Replica, "replay", forgetful)
+
+
+def requests_on_disk_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeat of a request that has left memory is taken for new."""
+    monkeypatch.setattr(DedupWindow, "needs_disk", lambda self, batch: False)
+
+
+def log_cut_before_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log forgets what the state on disk does not have yet."""
+
+    def trim(self: Folder) -> Trim | None:
+        return Trim(self._shard, self._end.last) if self._end.last > self.mark.last else None
+
+    monkeypatch.setattr(Folder, "trim", trim)
+
+
+def mark_behind_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fold carries the mark of the one before: after a crash its operations are replayed once more."""
+    fold = Folder._fold
+
+    def late(self: Folder) -> None:
+        end, self._end = self._end, self.mark
+        fold(self)
+        self._end = end
+
+    monkeypatch.setattr(Folder, "_fold", late)
+
+
+def loaded_records_replace_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read from disk replaces what was written while it was read."""
+
+    def on_rows(self: Loader, taken: list, folds: int, rows: list, failure: str | None) -> None:
+        for key, *record in rows:
+            self._table.learn({key: tuple(record)})
+        honest(self, taken, folds, rows, failure)
+
+    honest = Loader._on_rows
+    monkeypatch.setattr(Loader, "_on_rows", on_rows)
 
 
 def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read is answered from writes that are not durable yet."""
 
-    def read(self: Replica, batch: object) -> BatchReply:
-        from nodes.machine.judge import read_reply
-
-        records = [self.latest(key) for key in batch.keys]  # type: ignore[attr-defined]
-        return read_reply(records, 1_000_000)
-
-    monkeypatch.setattr(Replica, "_read", read)
+    monkeypatch.setattr(Replica, "_committed", lambda self, keys: [self.latest(k) for k in keys])
 
 
 def restarted_primary_resumes_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +143,9 @@ def seal_told_before_it_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def expiry_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record goes a second before its lifetime is over."""
-    pop = Table.pop_expired
+    pop = Lifetimes.pop_ended
     monkeypatch.setattr(
-        Table, "pop_expired", lambda self, time_ms, count: pop(self, time_ms + 1000, count)
+        Lifetimes, "pop_ended", lambda self, time_ms, count: pop(self, time_ms + 1000, count)
     )
 
 
@@ -149,6 +184,10 @@ def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
         (expiry_too_early, "R5"),
         (batch_results_taken_at_their_word, "definite"),
         (condition_ignored, "against its condition"),
+        (requests_on_disk_not_asked, "exactly once"),
+        (log_cut_before_the_fold, "the log is trimmed"),
+        (mark_behind_the_fold, "fold"),
+        (loaded_records_replace_newer_ones, "linearizability|durability|the log says"),
     ],
 )
 def test_a_planted_bug_is_caught(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.entry import decode_entry
+from nodes.machine.table import UNKNOWN
 from tests.simulator.world import Violation
 
 CLOCKS_MS_MAX = 20_000
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import EntryRow
-    from nodes.machine.table import Record
+    from nodes.machine.table import Record, Table
+    from tests.simulator.state import Shard
     from tests.simulator.workload import Call
 
 
@@ -194,13 +196,36 @@ class _Key:
             raise Violation(f"linearizability of {self.key!r}: {call} saw the future")
 
 
-def check_table(log: list[Logged], records: dict[bytes, Record]) -> None:
-    """The primary's table is the log, replayed."""
-    expected: dict[bytes, Record] = {}
+def check_table(log: list[Logged], table: Table, state: Shard) -> None:
+    """What the primary answers from, memory over disk, is the log, replayed."""
+    expected = replayed(log)
+    keys = {operation.key for operation in log}
+    for key in sorted(keys):
+        record = table.get(key)
+        if record is UNKNOWN:
+            record = state.rows[key][1] if key in state.rows else None
+        if record != expected.get(key):
+            raise Violation(f"{key!r} is {record}, the log says {expected.get(key)}")
+    sizes = sum(len(key) + len(record[0]) for key, record in expected.items())
+    if (table.keys, table.data_bytes) != (len(expected), sizes):
+        raise Violation(f"{table.keys} keys, {table.data_bytes} bytes are counted, not {sizes}")
+
+
+def check_state(log: list[Logged], state: Shard) -> None:
+    """The state on disk is the log up to its mark, every operation once, in the oplog too."""
+    folded = [operation for operation in log if operation.version[1] <= state.mark.last]
+    rows = {key: record for key, (_, record) in state.rows.items()}
+    if rows != replayed(folded):
+        raise Violation("fold: the state is not what the log says up to its mark")
+    if [(row[0], row[1]) for row in state.oplog] != [operation.version for operation in folded]:
+        raise Violation("fold: the oplog does not hold every folded operation once, in order")
+
+
+def replayed(log: list[Logged]) -> dict[bytes, Record]:
+    records: dict[bytes, Record] = {}
     for operation in log:
         if operation.value is None:
-            expected.pop(operation.key, None)
+            records.pop(operation.key, None)
         else:
-            expected[operation.key] = (operation.value, *operation.version, operation.expires_at)
-    if expected != records:
-        raise Violation("the table is not what the log says")
+            records[operation.key] = (operation.value, *operation.version, operation.expires_at)
+    return records

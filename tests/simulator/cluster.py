@@ -13,7 +13,7 @@ from bus_kv.protocol.shard_map import ShardState, from_document
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 from nodes.machine.node import NodeConfig, NodeMachine
-from nodes.machine.replica import Status
+from nodes.machine.replica import Past, Status
 from tests.simulator.bus import Bus
 from tests.simulator.disk import Disk
 from tests.simulator.process import Process
@@ -60,6 +60,12 @@ def draw_shape(world: World) -> Shape:
             lease_s=random.choice([0.5, 3.0]),
             inbox_messages_max=random.choice([8, 1000]),
             tail_operations_max=random.choice([5, 10_000]),
+            cache_mb=random.choice([0, 0, 1]),
+            fold_interval_ms=random.choice([1, 50, 2000]),
+            fold_bytes=random.choice([1, 1000, 100_000]),
+            unfolded_bytes_max=random.choice([2000, 1_000_000]),
+            log_keep_bytes=random.choice([0, 1000]),
+            dedup_runs_max=random.choice([0, 3, 1000]),
             client_window_messages=random.choice([1, 4]),
             answer_within_ms=random.choice([300, 1500]),
             client_fill_operations=random.choice([1, 3]),
@@ -112,9 +118,11 @@ class Cluster:
         config = NodeConfig(process.name, disk.incarnation, run, self.subjects, MAX_PAYLOAD_BYTES)
         machine = NodeMachine(config, self.shape.knobs)
         for row in disk.replicas.values():
-            replica = machine.restore(row)
+            state = disk.state.shard(row.shard)
+            replica = machine.restore(row, Past(state.mark, [*state.clients.items()]))
             for entry in disk.entries.get(row.shard, []):
-                replica.replay(entry)
+                if entry.last > state.mark.last:
+                    replica.replay(entry)
         process.begin(machine)
         process.tap = lambda message: self._check_leaving(process, message)
         process.refuse = machine.overloaded

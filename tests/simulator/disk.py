@@ -4,15 +4,16 @@ under way nothing or a whole prefix, since a log transaction is atomic. Reading 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import AppendCompleted, AppendStalled
-from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS
+from tests.simulator.state import State
+from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import Append, EntryRow, ReplicaRow
+    from bus_kv.core.machine import Append, EntryRow, ReplicaRow, Trim
     from tests.simulator.world import World
 
 FSYNC_NS = (150 * MICROSECOND_NS, 900 * MICROSECOND_NS)
@@ -23,16 +24,20 @@ class Disk:
         self._world = world
         self._random = world.random(f"disk/{name}")
         self.entries: dict[str, list[EntryRow]] = {}
+        self.archive: dict[str, list[EntryRow]] = {}
+        """Every entry that was ever durable, for the checkers: the log itself is trimmed."""
+        self.state = State(world, name, self)
         self.replicas: dict[str, ReplicaRow] = {}
         self.incarnation = f"i{self._random.getrandbits(32):08x}"
         self._under_way: list[Append] = []
         self._waiting: list[Append] = []
-        self._notify: Callable[[AppendCompleted | AppendStalled], None] = lambda _: None
+        self._notify: Callable[[Any], None] = lambda _: None
         self._life = 0
         self.full_until_ns = 0
 
-    def open(self, notify: Callable[[AppendCompleted | AppendStalled], None]) -> None:
+    def open(self, notify: Callable[[Any], None]) -> None:
         self._notify = notify
+        self.state.open(notify)
         self._life += 1
 
     def append(self, append: Append) -> None:
@@ -66,8 +71,15 @@ class Disk:
         for append in appends:
             for row in append.entries:
                 self.entries.setdefault(row.shard, []).append(row)
+                self.archive.setdefault(row.shard, []).append(row)
             for replica in append.replicas:
                 self.replicas[replica.shard] = replica
+
+    def trim(self, trim: Trim) -> None:
+        mark = self.state.shard(trim.shard).mark
+        if trim.last > mark.last:
+            raise Violation(f"the log is trimmed up to {trim.last}, the state has it up to {mark}")
+        self.entries[trim.shard] = [e for e in self.entries[trim.shard] if e.last > trim.last]
 
     def crash(self) -> None:
         """The process died: what was under way is on disk as a prefix, possibly empty, possibly whole."""
@@ -75,3 +87,4 @@ class Disk:
         if self._world.now_ns >= self.full_until_ns and self._random.random() < 0.5:
             self._keep(self._under_way)
         self._under_way, self._waiting = [], []
+        self.state.crash()

@@ -6,13 +6,23 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
+    Expiring,
+    Fold,
     Halt,
+    KeysAfter,
+    Lookup,
     Publish,
+    RangeCount,
+    RangeRead,
     Received,
     Request,
+    RequestsOf,
+    Responded,
     StoreCas,
+    Stored,
     StoreGet,
     Subscribe,
+    Trim,
     turn,
 )  # fmt: skip
 from tests.simulator.world import MICROSECOND_NS, SECOND_NS, Violation
@@ -90,7 +100,8 @@ class Process:
     # ---- events ----
 
     def receive(self, life: int, event: Event) -> None:
-        if life != self.life or not self.alive or self.cut_in:
+        from_afar = isinstance(event, Received | Responded | Stored)
+        if life != self.life or not self.alive or (self.cut_in and from_afar):
             return
         if isinstance(event, Received) and len(self.inbox) >= self.inbox_messages_max:
             refusal = self.refuse(event)
@@ -159,6 +170,20 @@ class Process:
                     self.bus.subscribe(self, channel, subject(name), queue)
                 else:
                     self.bus.unsubscribe(self, subject(name))
+            case Trim():
+                assert self.disk is not None
+                self.disk.trim(effect)
+            case (
+                Fold()
+                | Lookup()
+                | RangeRead()
+                | RangeCount()
+                | KeysAfter()
+                | Expiring()
+                | RequestsOf()
+            ):
+                assert self.disk is not None
+                self.disk.state.submit(effect)
             case Halt():
                 raise Violation(f"{self.name} halted: {effect.message}")
             case _:

@@ -79,10 +79,12 @@ def _check(cluster: Cluster, workloads: list[Workload], history: list[Call]) -> 
         replica = process.machine.replicas[shard.id]
         if replica.status is not Status.ACTIVE:
             raise Violation(f"liveness: shard {shard.id} is {replica.status} after healing")
-        log = checkers.read_log(process.disk.entries[shard.id])
+        log = checkers.read_log(process.disk.archive[shard.id])
         checkers.check_exactly_once(log)
         checkers.check_durability(log, history)
         checkers.check_linearizable(log, history)
         checkers.check_expired(log, world_ms(cluster))
         committed = [operation for operation in log if operation.version[1] <= replica.commit_seq]
-        checkers.check_table(committed, replica.table.records)
+        state = process.disk.state.shard(shard.id)
+        checkers.check_state(committed, state)
+        checkers.check_table(committed, replica.table, state)

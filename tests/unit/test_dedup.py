@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bus_kv.errors import OutcomeUnknown
 from bus_kv.knobs import Knobs
 from bus_kv.protocol.batch import ABSENT, APPLIED, CREATED, DELETED, PUT, REFUSED, REPLACED, Batch
-from nodes.machine.dedup import DedupWindow, Run
+from nodes.machine.dedup import DedupWindow, DiskRuns, Run
 
 WINDOW_MS = 1000
 KNOBS = Knobs(dedup_window_ms=WINDOW_MS, dedup_clients_max=10)
@@ -31,18 +31,19 @@ IDENTITIES = st.lists(
 BATCHES = st.builds(make_batch, st.sampled_from(["a", "b"]), IDENTITIES)
 
 
-def log(window: DedupWindow, batch: Batch, outcomes: bytes, first: int, time_ms: int) -> None:
+def log(window: DedupWindow, batch: Batch, outcomes: bytes, first: int, time_ms: int) -> Run:
     run = Run(batch.numbers, batch.indexes, outcomes, 1, first, time_ms)
     window.add(batch.client, run)
+    return run
 
 
 @given(st.lists(BATCHES, max_size=12), st.data())
 def test_within_the_window_each_identity_is_remembered(
     batches: list[Batch], data: st.DataObject
 ) -> None:
-    window, model, seq = DedupWindow(KNOBS), dict[Any, Any](), 0
+    window, model, seq = DedupWindow(KNOBS, (), 0), dict[Any, Any](), 0
     for batch in batches:
-        seen = window.seen(batch)
+        seen = window.seen(batch, None)
         assert seen == {
             i: model[batch.client, *batch.identity(i)]
             for i in range(len(batch))
@@ -56,37 +57,58 @@ def test_within_the_window_each_identity_is_remembered(
                 model[batch.client, *batch.identity(i)] = ((1, seq), outcome)
 
 
-@given(st.lists(st.tuples(BATCHES, st.integers(0, 900)), max_size=12))
-def test_what_is_forgotten_is_never_taken_for_new(steps: list[tuple[Batch, int]]) -> None:
-    window, model, time_ms = DedupWindow(KNOBS), dict[Any, Any](), 0
-    for batch, later_ms in steps:
-        time_ms += later_ms
-        seen = window.seen(batch)
-        for i in range(len(batch)):
-            written_ms = model.get((batch.client, *batch.identity(i)))
-            if written_ms is None:
-                continue
-            assert i in seen
-            if time_ms - written_ms <= WINDOW_MS:
-                assert not isinstance(seen[i], OutcomeUnknown)
-        outcomes = bytes(REFUSED if i in seen else CREATED for i in range(len(batch)))
-        log(window, batch, outcomes, 1, time_ms)
-        for i, outcome in enumerate(outcomes):
-            if outcome == CREATED:
-                model[batch.client, *batch.identity(i)] = time_ms
+@given(st.lists(BATCHES, max_size=12), st.integers(0, 3))
+def test_what_has_left_memory_is_never_taken_for_new(batches: list[Batch], runs_max: int) -> None:
+    window, model = DedupWindow(Knobs(dedup_runs_max=runs_max), (), 0), dict[Any, Any]()
+    disk: list[tuple[str, Run]] = []
+    for seq, batch in enumerate(batches):
+        for identity, result in known(window, batch, disk).items():
+            assert result == model[batch.client, *identity]
+        unknown = [i for i in range(len(batch)) if (batch.client, *batch.identity(i)) not in model]
+        outcomes = bytes(CREATED if i in unknown else REFUSED for i in range(len(batch)))
+        run = log(window, batch, outcomes, seq * 10, time_ms=0)
+        disk.append((batch.client, run))
+        for place, i in enumerate(unknown):
+            model[batch.client, *batch.identity(i)] = ((1, seq * 10 + place), CREATED)
+        window.leave_to_disk(folded=seq * 10)
+
+
+def known(window: DedupWindow, batch: Batch, disk: list[tuple[str, Run]]) -> dict[Any, Any]:
+    """What the window says about a batch, with the disk's help when it asks for it: by identity."""
+    runs = DiskRuns(-1, [run for client, run in disk if client == batch.client])
+    seen = window.seen(batch, runs if window.needs_disk(batch) else None)
+    missing = set(range(len(batch))) - seen.keys()
+    logged = [run for client, run in disk if client == batch.client]
+    for i in missing:
+        assert not any(run.find(*batch.identity(i)) for run in logged), "taken for new"
+    return {batch.identity(i): result for i, result in seen.items()}
 
 
 def test_a_request_older_than_the_window_is_not_to_be_sent_again() -> None:
-    window, batch = DedupWindow(KNOBS), make_batch("a", [(7, 0)])
-    log(window, batch, bytes([CREATED]), 1, time_ms=0)
-    log(window, make_batch("b", [(1, 0)]), bytes([CREATED]), 2, time_ms=WINDOW_MS + 1)
-    forgotten = window.seen(batch)[0]
+    window, batch = DedupWindow(KNOBS, [("a", 9)], 0), make_batch("a", [(7, 0)])
+    assert window.needs_disk(batch)
+    forgotten = window.seen(batch, DiskRuns(floor=8, runs=[]))[0]
     assert isinstance(forgotten, OutcomeUnknown)
     assert forgotten.retriable is False
     assert "a:7" in forgotten.message
 
 
+def test_a_number_above_all_that_is_on_disk_does_not_ask_it() -> None:
+    window = DedupWindow(KNOBS, [("a", 9)], 0)
+    assert not window.needs_disk(make_batch("a", [(10, 0)]))
+    assert not window.needs_disk(make_batch("b", [(1, 0)]))
+
+
+def test_idle_clients_are_forgotten_when_there_are_too_many() -> None:
+    window = DedupWindow(KNOBS, [(f"c{i}", 1) for i in range(20)], time_ms=0)
+    window.forget_idle(WINDOW_MS)
+    assert window.needs_disk(make_batch("c0", [(1, 0)])), "within the window nobody is forgotten"
+    window.forget_idle(WINDOW_MS + 1)
+    assert not window.needs_disk(make_batch("c0", [(1, 0)]))
+    assert window.needs_disk(make_batch("c19", [(1, 0)]))
+
+
 def test_numbers_of_two_clients_do_not_meet() -> None:
-    window = DedupWindow(KNOBS)
+    window = DedupWindow(KNOBS, (), 0)
     log(window, make_batch("a", [(7, 0)]), bytes([CREATED]), 1, time_ms=0)
-    assert window.seen(make_batch("b", [(7, 0)])) == {}
+    assert window.seen(make_batch("b", [(7, 0)]), None) == {}

@@ -30,14 +30,14 @@ def test_an_entry_comes_back_from_its_bytes(
 ) -> None:  # fmt: skip
     outcomes = tuple(data.draw(st.binary(max_size=5)) for _ in batches)
     record = data.draw(st.none() | st.just({"id": "s1", "epoch": 3}))
-    entry = Entry("s1", epoch, first, first + 1, previous, time_ms, outcomes, batches, record)
+    entry = Entry("s1", epoch, first, first + 1, previous, time_ms, -7, outcomes, batches, record)
     assert decode_entry(entry.encode()) == entry
     assert decode_entry(entry.encode()).encode() == entry.encode()
 
 
 def test_an_entry_holds_the_clients_bytes_unchanged() -> None:
     raw = Batch(bytes([PUT]), [b"k"], [b"v"], "c", [1]).encode()
-    entry = Entry("s1", 1, 2, 2, (1, 1), 5, (bytes([CREATED]),), (raw,))
+    entry = Entry("s1", 1, 2, 2, (1, 1), 5, 1, (bytes([CREATED]),), (raw,))
     assert raw in entry.encode()
     ((outcomes, batch),) = entry.decoded()
     assert (outcomes, batch.keys, batch.values) == (bytes([CREATED]), [b"k"], [b"v"])

@@ -1,98 +1,90 @@
-"""The table against a plain dictionary that is sorted for every scan."""
+"""The layers of memory: what may be dropped, what may not, and what a filter may say."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus_kv.protocol.requests import ScanRequest
-from nodes.machine.table import Record, Table
+from bus_kv.core.machine import Mark
+from nodes.machine.key_filter import KeyFilter
+from nodes.machine.lifetimes import HORIZON_MS, Lifetimes
+from nodes.machine.table import RECORD_BYTES, UNKNOWN, Table
 
-KEYS = st.binary(min_size=1, max_size=2) | st.sampled_from([b"a", b"b", b"c", b"\xff"])
-WRITES = st.dictionaries(
-    KEYS, st.none() | st.tuples(st.binary(max_size=5), st.none() | st.integers(0, 20)), max_size=6
-)
-ENOUGH_BYTES = 1 << 20
-
-
-def applied(table: Table, model: dict[bytes, Record], steps: list[dict[bytes, Any]]) -> None:
-    """Write all steps to both; each write has its own seq."""
-    seq = 0
-    for step in steps:
-        writes: dict[bytes, Record | None] = {}
-        for key, write in step.items():
-            seq += 1
-            writes[key] = None if write is None else (write[0], 1, seq, write[1])
-        table.apply(dict(writes))
-        for key, record in writes.items():
-            model.pop(key, None)
-            if record is not None:
-                model[key] = record
+if TYPE_CHECKING:
+    from nodes.machine.table import Writes
 
 
-@given(st.lists(WRITES, max_size=8))
-def test_the_table_holds_the_newest_record_of_each_key(steps: list[dict[bytes, Any]]) -> None:
-    table, model = Table(), dict[bytes, Record]()
-    applied(table, model, steps)
-    assert table.records == model
-    assert table.data_bytes == sum(len(key) + len(record[0]) for key, record in model.items())
+def write(*keys: bytes, seq: int = 1) -> Writes:
+    return {key: (b"v%d" % seq, 1, seq, None) for key in keys}
 
 
-@given(
-    st.lists(WRITES, max_size=8), st.binary(max_size=2), st.none() | st.binary(max_size=2),
-    st.integers(1, 4), st.booleans(), st.integers(1, 400),
-)  # fmt: skip
-def test_pages_of_a_scan_are_the_sorted_range(
-    steps: list[dict[bytes, Any]], start: bytes, end: bytes | None, limit: int, reverse: bool,
-    page_bytes_max: int,
-) -> None:  # fmt: skip
-    table, model = Table(), dict[bytes, Record]()
-    applied(table, model, steps)
-    wanted = sorted((k for k in model if k >= start and (end is None or k < end)), reverse=reverse)
-    request = ScanRequest("default", None, start, end, limit, reverse)
-    found: list[bytes] = []
-    position: bytes | None = b""
-    while position is not None:
-        page, position = table.scan(request, page_bytes_max)
-        assert len(page) <= limit
-        assert page or position is None, "a page that leads on is not empty"
-        found += page
-        if position is not None and reverse:
-            request.end = position
-        elif position is not None:
-            request.start = position
-    assert found == wanted
+def test_a_new_shard_knows_that_a_key_is_absent_without_the_disk() -> None:
+    table = Table(Mark(), 1 << 20)
+    assert table.get(b"a") is None
 
 
-@given(st.lists(WRITES, max_size=8), st.lists(WRITES, max_size=3))
-def test_a_scan_between_writes_changes_nothing(
-    before: list[dict[bytes, Any]], after: list[dict[bytes, Any]]
-) -> None:
-    table, model = Table(), dict[bytes, Record]()
-    applied(table, model, before)
-    table.scan(ScanRequest("default", None), ENOUGH_BYTES)
-    applied(table, model, after)
-    page, _ = table.scan(ScanRequest("default", None, limit=1000), ENOUGH_BYTES)
-    assert page == sorted(model)
+def test_after_a_start_every_key_may_be_on_disk() -> None:
+    table = Table(Mark(epoch=1, last=9, keys=3), 1 << 20)
+    assert table.get(b"a") is UNKNOWN
 
 
-@given(st.lists(WRITES, max_size=8), st.integers(0, 20), st.integers(1, 3))
-def test_lifetimes_end_once_and_only_those_of_the_newest_record(
-    steps: list[dict[bytes, Any]], time_ms: int, count_max: int
-) -> None:
-    table, model = Table(), dict[bytes, Record]()
-    applied(table, model, steps)
-    due = {key for key, record in model.items() if record[3] is not None and record[3] <= time_ms}
-    popped: list[bytes] = []
-    while keys := table.pop_expired(time_ms, count_max):
-        assert len(keys) <= count_max
-        popped += keys
-    assert sorted(popped) == sorted(due)
-    next_ms = table.next_expiry_ms()
-    assert next_ms is None or next_ms > time_ms
+def test_what_is_not_folded_stays_however_small_the_cache() -> None:
+    table = Table(Mark(), 0)
+    for i in range(100):
+        table.apply(write(b"k%d" % i, seq=i + 1), 1, 0)
+    assert [table.get(b"k%d" % i)[2] for i in range(100)] == [*range(1, 101)]
 
 
-def test_a_page_always_holds_something_however_big() -> None:
-    table = Table()
-    table.apply({b"a": (b"v" * 1000, 1, 1, None), b"b": (b"v", 1, 2, None)})
-    assert table.scan(ScanRequest("default", None), 10) == ([b"a"], b"b")
+def test_what_is_folded_leaves_a_cache_that_is_full() -> None:
+    room_for_ten = 20 * (RECORD_BYTES + 30)
+    table = Table(Mark(), room_for_ten)
+    for i in range(100):
+        table.apply(write(b"k%d" % i, seq=i + 1), 1, 0)
+    table.freeze()
+    table.folded()
+    held = [i for i in range(100) if table.get(b"k%d" % i) is not UNKNOWN]
+    assert 99 in held
+    assert len(held) <= 20
+
+
+def test_a_fold_under_way_and_newer_writes_of_the_same_key() -> None:
+    table = Table(Mark(), 0)
+    table.apply(write(b"a", seq=1), 1, 0)
+    assert table.freeze() == write(b"a", seq=1)
+    table.apply(write(b"a", seq=2), 0, 0)
+    table.folded()
+    assert table.get(b"a")[2] == 2
+    assert table.freeze() == write(b"a", seq=2)
+
+
+@given(st.sets(st.binary(min_size=1, max_size=8), max_size=50), st.binary(min_size=1, max_size=8))
+def test_the_filter_never_denies_a_key_that_is_there(keys: set[bytes], other: bytes) -> None:
+    filter = KeyFilter(len(keys), complete=True)
+    assert not filter.may_hold(other)
+    filter.add(keys)
+    assert all(filter.may_hold(key) for key in keys)
+    assert KeyFilter(1, complete=False).may_hold(other)
+
+
+def test_lifetimes_end_in_order_and_once() -> None:
+    lifetimes = Lifetimes(all_known=True)
+    lifetimes.add({b"a": (b"", 1, 1, 30), b"b": (b"", 1, 2, 10), b"c": (b"", 1, 3, None)})
+    assert lifetimes.next_ms() == 10
+    assert lifetimes.pop_ended(9, 5) == {}
+    assert lifetimes.pop_ended(30, 1) == {b"b": 2}
+    assert lifetimes.pop_ended(30, 1) == {b"a": 1}
+    assert lifetimes.pop_ended(99, 1) == {}
+
+
+def test_lifetimes_that_end_late_are_left_to_the_disk() -> None:
+    lifetimes = Lifetimes(all_known=True)
+    late_ms = 3 * HORIZON_MS
+    lifetimes.add({b"soon": (b"", 1, 1, 10), b"late": (b"", 1, 2, late_ms)})
+    lifetimes.folded(time_ms=0)
+    assert lifetimes.pop_ended(late_ms, 9) == {b"soon": 1}
+    assert lifetimes.needs_more(late_ms)
+    lifetimes.asked_until_ms = late_ms + HORIZON_MS
+    lifetimes.extend([(late_ms, b"late", 2)], limit=10)
+    assert lifetimes.pop_ended(late_ms, 9) == {b"late": 2}

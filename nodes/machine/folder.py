@@ -1,0 +1,109 @@
+"""Decides when committed operations go to disk, and what of the log is no longer needed then.
+
+There is one fold at a time. It carries everything committed up to a mark, the mark with it, so after a crash the log is
+replayed from exactly there. The log keeps the newest `log_keep_bytes` behind the fold, for whoever has to catch up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.core.machine import Fold, LoggedBatch, Mark, Trim
+from bus_kv.knobs import MILLISECOND_NS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.knobs import Knobs
+    from nodes.machine.lifetimes import Lifetimes
+    from nodes.machine.table import Table
+
+
+class Folder:
+    def __init__(
+        self, shard: str, keyspace: str, mark: Mark, table: Table, lifetimes: Lifetimes,
+        knobs: Knobs, ask: Callable[[Any, Any], None],
+    ) -> None:  # fmt: skip
+        self.mark = mark
+        """Up to where the disk has it all."""
+        self.bytes = 0
+        """Of committed batches that the disk does not have."""
+        self._shard, self._keyspace = shard, keyspace
+        self._table, self._lifetimes, self._knobs, self._ask = table, lifetimes, knobs, ask
+        self._batches: list[LoggedBatch] = []
+        self._end = mark
+        self._since_ns: int | None = None
+        """When the first of what waits was committed."""
+        self._busy = False
+        self._barriers: list[tuple[int, Callable[[], None]]] = []
+        self._kept: deque[tuple[int, int]] = deque()
+        """(last seq, bytes) of entries that the log still has, oldest first."""
+        self._kept_bytes = 0
+
+    def add(self, batches: list[LoggedBatch], end: Mark, entry_bytes: int, now_ns: int) -> None:
+        """An entry was committed; its writes are in the table."""
+        self._batches += batches
+        self._end = end
+        self.bytes += entry_bytes
+        self._kept.append((end.last, entry_bytes))
+        self._kept_bytes += entry_bytes
+        if self._since_ns is None:
+            self._since_ns = now_ns
+
+    def barrier(self, then: Callable[[], None]) -> None:
+        """Call when everything committed until now is on disk."""
+        if self._end.last == self.mark.last:
+            return then()
+        self._barriers.append((self._end.last, then))
+
+    @property
+    def is_full(self) -> bool:
+        """Too much waits for the disk: no more writes for now."""
+        return self.bytes > self._knobs.unfolded_bytes_max
+
+    def next_ns(self) -> int | None:
+        """When a fold is due by age."""
+        if self._since_ns is None or self._busy:
+            return None
+        return self._since_ns + self._knobs.fold_interval_ms * MILLISECOND_NS
+
+    def fold_if_due(self, now_ns: int) -> None:
+        due_ns = self.next_ns()
+        if due_ns is None:
+            return
+        if self._barriers or now_ns >= due_ns or self.bytes >= self._knobs.fold_bytes:
+            self._fold()
+
+    def _fold(self) -> None:
+        batches, self._batches = self._batches, []
+        folded_bytes, self._since_ns, self._busy = self.bytes, None, True
+        fold = Fold(0, self._shard, self._keyspace, self._table.freeze(), batches, self._end)
+        self._ask(fold, partial(self._on_folded, fold.mark, folded_bytes))
+
+    def _on_folded(
+        self, mark: Mark, folded_bytes: int, rows: list[Any], failure: str | None
+    ) -> None:
+        del rows
+        assert failure is None, "a fold is tried until it is done"
+        self._busy = False
+        self.mark = mark
+        self.bytes -= folded_bytes
+        self._table.folded()
+        self._lifetimes.folded(mark.time_ms)
+        reached = [then for last, then in self._barriers if last <= mark.last]
+        self._barriers = [(last, then) for last, then in self._barriers if last > mark.last]
+        for then in reached:
+            then()
+
+    def trim(self) -> Trim | None:
+        """What the log may forget: entries behind the mark, the oldest first, once it keeps more than it should."""
+        last = 0
+        while (
+            len(self._kept) > 1 and self._kept_bytes > self._knobs.log_keep_bytes
+            and self._kept[0][0] <= self.mark.last
+        ):  # fmt: skip
+            last, size = self._kept.popleft()
+            self._kept_bytes -= size
+        return Trim(self._shard, last) if last else None

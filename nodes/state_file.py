@@ -1,0 +1,354 @@
+"""The file of a node's state: one DuckDB instance in memory with `state.duckdb` attached as `state`.
+
+The instance itself holds nothing but views, so that a failed write of the file spoils the attachment and not the
+instance: detaching and attaching again replays the file's own write-ahead log. After the first attachment external
+access is off and the configuration is locked; only this file can still be attached. A new file is made complete under
+another name and renamed, so a file of this name always says whose it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import duckdb
+
+from bus_kv.core.machine import Mark
+from nodes.log import DiskError, DiskFull
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from duckdb import DuckDBPyConnection
+
+FORMAT_VERSION = 1
+STATE_NAME = "state.duckdb"
+TEMPORARY_NAME = "state.tmp"
+TEMPORARY_SIZE_MAX = "4GB"
+"""What queries may spill to disk; the disk is needed for the log."""
+WAL_SUFFIXES = (".wal", ".wal.checkpoint", ".wal.recovery")
+
+_SCHEMA = """
+CREATE TABLE state.meta (name VARCHAR, value VARCHAR);
+CREATE TABLE state.marks (
+    shard VARCHAR, number INTEGER, keyspace VARCHAR,
+    epoch BIGINT, last BIGINT, time_ms BIGINT, keys BIGINT, data_bytes BIGINT
+);
+CREATE TABLE state.oplog (
+    shard VARCHAR, epoch BIGINT, seq BIGINT, time_ms BIGINT, op VARCHAR, key BLOB,
+    key_hash UINTEGER, value BLOB, client VARCHAR, number UBIGINT, request_index UINTEGER,
+    txn_id VARCHAR, trace_id VARCHAR, outcome VARCHAR
+);
+CREATE TABLE state.oplog_parts (shard VARCHAR, last BIGINT, time_ms BIGINT, bytes BIGINT);
+CREATE TABLE state.requests (
+    shard VARCHAR, client VARCHAR, first UBIGINT, last UBIGINT, numbers BLOB, indexes BLOB,
+    outcomes BLOB, epoch BIGINT, first_seq BIGINT, time_ms BIGINT
+);
+CREATE TABLE state.clients (
+    shard VARCHAR, client VARCHAR, floor UBIGINT, time_ms BIGINT, PRIMARY KEY (shard, client)
+);
+"""
+"""What is appended in bulk and read by scans has no index to pay for."""
+
+_KV_COLUMNS = "key BLOB PRIMARY KEY, value BLOB, epoch BIGINT, seq BIGINT, expires_at BIGINT"
+_NO_KV = """
+SELECT NULL::VARCHAR AS keyspace, NULL::VARCHAR AS shard, NULL::BLOB AS key,
+    NULL::VARCHAR AS key_text, NULL::BLOB AS value, NULL::VARCHAR AS value_text,
+    NULL::BIGINT AS epoch, NULL::BIGINT AS seq, NULL::BIGINT AS expires_at WHERE false
+"""
+_KV_OF_SHARD = """
+SELECT {keyspace}, {shard}, key, TRY(decode(key)), value, TRY(decode(value)), epoch, seq, expires_at
+FROM state.{table}
+"""
+_OPLOG_VIEW = """
+CREATE OR REPLACE VIEW memory.main.oplog AS
+SELECT marks.keyspace, oplog.shard, oplog.epoch, seq, make_timestamp_ms(oplog.time_ms) AS time, op,
+    key, TRY(decode(key)) AS key_text, value, TRY(decode(value)) AS value_text, client,
+    client || ':' || oplog.number AS request_id, txn_id, trace_id, outcome
+FROM state.oplog JOIN state.marks ON marks.shard = oplog.shard
+"""
+
+
+class Invalidated(DiskError):
+    """DuckDB has given this attachment of the file up; the file itself may be whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTable:
+    number: int
+    keyspace: str
+
+    @property
+    def name(self) -> str:
+        """Of its kv table; a shard's id is never part of a statement."""
+        return f"kv_{self.number}"
+
+
+class StateFile:
+    """Cursors may be asked for by any thread; everything else is for one thread."""
+
+    def __init__(self, directory: Path, incarnation: str, memory_mb: int) -> None:
+        self.path = directory / STATE_NAME
+        self._guard = threading.Lock()
+        self.tables: dict[str, ShardTable] = {}
+        self.known: dict[str, Mark] = {}
+        """Marks of what was told to be folded."""
+        try:
+            _clear(directory)
+            if not self.path.exists():
+                _create(directory, incarnation)
+            self._instance = self._open(directory, memory_mb)
+        except (duckdb.Error, OSError) as error:
+            raise explain(self.path, error) from None
+        try:
+            self._check(incarnation)
+            self.tables, self.known = self._read_tables(), self.marks()
+            self._replace_views()
+        except duckdb.Error as error:
+            self.close()
+            raise explain(self.path, error) from None
+        except DiskError:
+            self.close()
+            raise
+
+    def _open(self, directory: Path, memory_mb: int) -> DuckDBPyConnection:
+        instance = duckdb.connect(
+            ":memory:",
+            config={
+                "threads": 2,
+                "memory_limit": f"{memory_mb}MB",
+                "temp_directory": str(directory / TEMPORARY_NAME),
+                "max_temp_directory_size": TEMPORARY_SIZE_MAX,
+                "checkpoint_threshold": "1TB",
+                "preserve_insertion_order": False,
+                # Packing text harder makes a checkpoint many times as expensive.
+                "disabled_compression_methods": "fsst,dict_fsst,zstd",
+                "autoload_known_extensions": False,
+                "autoinstall_known_extensions": False,
+                "allow_community_extensions": False,
+                "python_enable_replacements": False,
+            },
+        )
+        try:
+            paths = [str(self.path), *(f"{self.path}{suffix}" for suffix in WAL_SUFFIXES)]
+            instance.execute(f"SET allowed_paths = [{', '.join(map(_quoted, paths))}]")
+            instance.execute(self._attach_statement)
+            instance.execute("SET enable_external_access = false")
+            instance.execute("SET lock_configuration = true")
+        except duckdb.Error:
+            instance.close()
+            raise
+        return instance
+
+    @property
+    def _attach_statement(self) -> str:
+        return f"ATTACH {_quoted(str(self.path))} AS state"
+
+    def _check(self, incarnation: str) -> None:
+        meta = dict(self._instance.execute("SELECT name, value FROM state.meta").fetchall())
+        version = meta.get("format_version", "")
+        if not version.isdigit():
+            raise damaged(self.path, "it does not say its format")
+        if int(version) > FORMAT_VERSION:
+            raise DiskError(
+                f"{self.path} has format {version}, newer than the {FORMAT_VERSION} this release "
+                "reads; start the release that wrote it, or start with --rebuild"
+            )
+        if meta.get("incarnation") != incarnation:
+            raise DiskError(
+                f"{self.path} belongs to another log than the one beside it; start with --rebuild "
+                "to make it anew"
+            )
+
+    def _read_tables(self) -> dict[str, ShardTable]:
+        rows = self._instance.execute("SELECT shard, number, keyspace FROM state.marks").fetchall()
+        return {shard: ShardTable(number, keyspace) for shard, number, keyspace in rows}
+
+    def cursor(self) -> DuckDBPyConnection:
+        """A connection of its own to the instance, for one thread."""
+        with self._guard:
+            return self._instance.cursor()
+
+    def marks(self) -> dict[str, Mark]:
+        rows = self._instance.execute(
+            "SELECT shard, epoch, last, time_ms, keys, data_bytes FROM state.marks ORDER BY number"
+        ).fetchall()
+        return {shard: Mark(*values) for shard, *values in rows}
+
+    def add_shard(self, shard: str, keyspace: str) -> ShardTable:
+        """Make room for a shard: its table and a mark that says that nothing is folded."""
+        numbers = [table.number for table in self.tables.values()]
+        table = ShardTable(max(numbers, default=0) + 1, keyspace)
+        transaction(
+            self._instance,
+            lambda db: (
+                db.execute(f"CREATE TABLE state.{table.name} ({_KV_COLUMNS})"),
+                db.execute(
+                    "INSERT INTO state.marks VALUES (?, ?, ?, 0, 0, 0, 0, 0)",
+                    [shard, table.number, keyspace],
+                ),
+            ),
+        )
+        self.tables = {**self.tables, shard: table}
+        self._replace_views()
+        return table
+
+    def _replace_views(self) -> None:
+        parts = [_NO_KV] + [
+            _KV_OF_SHARD.format(
+                keyspace=_quoted(table.keyspace), shard=_quoted(shard), table=table.name
+            )
+            for shard, table in self.tables.items()
+        ]
+        query = " UNION ALL ".join(parts)
+        self._instance.execute(f"CREATE OR REPLACE VIEW memory.main.kv AS {query}")
+        self._instance.execute(_OPLOG_VIEW)
+
+    def wal_bytes(self) -> int:
+        try:
+            return os.stat(f"{self.path}.wal").st_size
+        except FileNotFoundError:
+            return 0
+
+    def checkpoint(self) -> None:
+        self._instance.execute("CHECKPOINT state")
+
+    def do(self, work: Callable[[DuckDBPyConnection], object]) -> None:
+        """Do it in one transaction. Raises duckdb.Error."""
+        transaction(self._instance, work)
+
+    def attach_again(self) -> None:
+        """Read the file anew after the attachment was invalidated. Raises duckdb.Error while a query still has it."""
+        attached = "SELECT count(*) FROM duckdb_databases() WHERE database_name = 'state'"
+        if self._instance.execute(attached).fetchall()[0][0]:
+            self._instance.execute("DETACH state")
+        self._instance.execute(self._attach_statement)
+        self.tables = self._read_tables()
+        self._replace_views()
+        self._recall()
+
+    def _recall(self) -> None:
+        """Take the marks on disk for known: what failed may have been durable before. Raises DiskError."""
+        marks = self.marks()
+        for shard, mark in self.known.items():
+            if shard not in marks or marks[shard].last < mark.last:
+                raise damaged(self.path, f"shard {shard} has lost what was folded")
+        self.known = marks
+
+    def close(self) -> None:
+        with self._guard:
+            self._instance.close()
+
+
+def _clear(directory: Path) -> None:
+    """Take away what a killed process left unfinished. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(directory / TEMPORARY_NAME, ignore_errors=True)
+    for suffix in ("", *WAL_SUFFIXES):
+        (directory / f"{STATE_NAME}.new{suffix}").unlink(missing_ok=True)
+
+
+def _create(directory: Path, incarnation: str) -> None:
+    path = directory / STATE_NAME
+    for suffix in WAL_SUFFIXES:
+        if (directory / f"{STATE_NAME}{suffix}").exists():
+            raise damaged(path, f"its {suffix[1:]} file is there, but not the file itself")
+    new = directory / f"{STATE_NAME}.new"
+    with duckdb.connect(":memory:") as db:
+        db.execute(f"ATTACH {_quoted(str(new))} AS state")
+        db.execute(_SCHEMA)
+        db.execute(
+            "INSERT INTO state.meta VALUES ('format_version', ?), ('incarnation', ?)",
+            [str(FORMAT_VERSION), incarnation],
+        )
+        db.execute("CHECKPOINT state")
+        db.execute("DETACH state")
+    new.rename(path)
+    _sync_directory(directory)
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename the state's files, so that a new state is made: to `state.duckdb.<n>.damaged`, which is returned.
+
+    None when there is none. Raises DiskError.
+    """
+    names = [STATE_NAME, *(STATE_NAME + suffix for suffix in WAL_SUFFIXES)]
+    present = [name for name in names if (directory / name).exists()]
+    if not present:
+        return None
+    number = 1
+    while [*directory.glob(f"{STATE_NAME}.{number}.damaged*")]:
+        number += 1
+    aside = directory / f"{STATE_NAME}.{number}.damaged"
+    try:
+        for name in present:
+            (directory / name).rename(f"{aside}{name.removeprefix(STATE_NAME)}")
+        _sync_directory(directory)
+    except OSError as error:
+        raise explain(directory / STATE_NAME, error) from None
+    return aside
+
+
+def transaction(db: DuckDBPyConnection, work: Callable[[DuckDBPyConnection], object]) -> None:
+    """Do it as a whole or not at all."""
+    db.execute("BEGIN TRANSACTION")
+    try:
+        work(db)
+        db.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(duckdb.Error):
+            db.execute("ROLLBACK")
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def damaged(path: Path, reason: str) -> DiskError:
+    return DiskError(
+        f"the state {path} is damaged ({reason}); start with --rebuild to make it anew from the "
+        "log and the other nodes"
+    )
+
+
+_CORRUPT = ("Corrupt database file", "computed checksum", "Could not read enough bytes")
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+def explain(path: Path, error: Exception) -> DiskError:
+    """What an error of DuckDB or the file system means for the one who runs the node."""
+    text = first_line(error)
+    if any(sign in str(error) for sign in _FULL):
+        return DiskFull(f"no space left for {path}")
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return DiskFull(f"not enough memory to write {path}: {text}")
+    if isinstance(error, duckdb.FatalException) or "has been invalidated" in str(error):
+        return Invalidated(f"the state {path} failed: {text}")
+    if isinstance(error, OSError):
+        return DiskError(f"{path} cannot be used: {error.strerror or error}")
+    if "Could not set lock" in text:
+        return DiskError(f"{path} is in use by another process; stop it")
+    return damaged(path, text)
+
+
+def is_corruption(error: duckdb.Error) -> bool:
+    """Whether bytes on disk are not those that were written."""
+    return any(sign in str(error) for sign in _CORRUPT)
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), repr(error))

@@ -1,0 +1,231 @@
+"""Writing one fold: everything it carries, and the mark, in one transaction.
+
+Rows reach DuckDB as Arrow tables over its C interface. Their columns are built from whole lists, and what is the same
+for a batch is one run of its column, because this holds the interpreter that the event loop needs as well. Each source
+is registered once and hands out what is current, as Python variables are out of reach of a locked instance.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import pyarrow as pa
+
+from bus_kv.protocol.batch import APPLIED, KIND_NAMES
+from bus_kv.protocol.codec import encode_cbor
+from bus_kv.protocol.entry import applied_count
+from nodes.state_file import transaction
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from duckdb import DuckDBPyConnection
+
+    from bus_kv.core.machine import Fold, LoggedBatch, Record
+    from nodes.state_file import ShardTable
+
+OPERATION_BYTES = 64
+"""What an operation takes in the oplog beside its key and value."""
+OUTCOME_NAMES = ("refused", "created", "replaced", "deleted", "absent")
+"""By the outcomes that stand in the log."""
+
+
+def _run(value: Any) -> Any:
+    return pa.run_end_encoded(pa.int32(), value)
+
+
+def _name() -> Any:
+    return pa.dictionary(pa.uint8(), pa.string())
+
+
+_RECORDS = pa.schema(
+    {
+        "key": pa.binary(), "value": pa.binary(), "epoch": pa.int64(), "seq": pa.int64(),
+        "expires_at": pa.int64(),
+    }
+)  # fmt: skip
+_DELETED = pa.schema({"key": pa.binary()})
+_OPERATIONS = pa.schema(
+    {
+        "epoch": _run(pa.int64()), "seq": pa.int64(), "time_ms": _run(pa.int64()), "op": _name(),
+        "key": pa.binary(), "key_hash": pa.uint32(), "value": pa.binary(),
+        "client": _run(pa.string()), "number": pa.uint64(), "request_index": pa.uint32(),
+        "outcome": _name(),
+    }
+)  # fmt: skip
+_REQUESTS = pa.schema(
+    {
+        "client": pa.string(), "first": pa.uint64(), "last": pa.uint64(), "numbers": pa.binary(),
+        "indexes": pa.binary(), "outcomes": pa.binary(), "epoch": pa.int64(),
+        "first_seq": pa.int64(), "time_ms": pa.int64(),
+    }
+)  # fmt: skip
+
+_UPSERT = """
+INSERT INTO state.{table} SELECT * FROM records ON CONFLICT (key) DO UPDATE SET
+    value = excluded.value, epoch = excluded.epoch, seq = excluded.seq,
+    expires_at = excluded.expires_at
+"""
+_DELETE = "DELETE FROM state.{table} USING deleted WHERE {table}.key = deleted.key"
+_LOG = """
+INSERT INTO state.oplog SELECT ?, epoch, seq, time_ms, op, key, key_hash, value, client, number,
+    request_index, NULL, NULL, outcome FROM operations
+"""
+_REMEMBER = "INSERT INTO state.requests SELECT ?, * FROM requests"
+_MARK = """
+UPDATE state.marks SET epoch = ?, last = ?, time_ms = ?, keys = ?, data_bytes = ? WHERE shard = ?
+"""
+
+
+class _Source:
+    """What DuckDB reads as a table of its own: the rows that are current (the Arrow PyCapsule interface)."""
+
+    def __init__(self, schema: Any) -> None:
+        self._empty = schema.empty_table()
+        self.rows = self._empty
+
+    def clear(self) -> None:
+        self.rows = self._empty
+
+    def __arrow_c_schema__(self) -> Any:
+        return self._empty.schema.__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        return self.rows.__arrow_c_stream__(requested_schema)
+
+
+class FoldWriter:
+    """Writes folds over a cursor of its own."""
+
+    def __init__(self, cursor: DuckDBPyConnection) -> None:
+        self._cursor = cursor
+        self._sources = {
+            "records": _Source(_RECORDS), "deleted": _Source(_DELETED),
+            "operations": _Source(_OPERATIONS), "requests": _Source(_REQUESTS),
+        }  # fmt: skip
+        for name, source in self._sources.items():
+            cursor.register(name, source)
+
+    def write(self, fold: Fold, table: ShardTable) -> None:
+        """All of it or nothing. Raises duckdb.Error."""
+        rows = {
+            "records": _records(fold.records), "deleted": _deleted(fold.records),
+            "operations": _operations(fold.batches), "requests": _requests(fold.batches),
+        }  # fmt: skip
+        for name, source in self._sources.items():
+            source.rows = rows[name]
+        try:
+            transaction(self._cursor, lambda db: self._write(db, fold, table))
+        finally:
+            for source in self._sources.values():
+                source.clear()
+
+    def _write(self, db: DuckDBPyConnection, fold: Fold, table: ShardTable) -> None:
+        operations, mark = self._sources["operations"].rows, fold.mark
+        if self._sources["records"].rows.num_rows:
+            db.execute(_UPSERT.format(table=table.name))
+        if self._sources["deleted"].rows.num_rows:
+            db.execute(_DELETE.format(table=table.name))
+        if operations.num_rows:
+            data_bytes = operations["key"].nbytes + operations["value"].nbytes
+            part = [mark.last, mark.time_ms, data_bytes + OPERATION_BYTES * operations.num_rows]
+            db.execute(_LOG, [fold.shard])
+            db.execute("INSERT INTO state.oplog_parts VALUES (?, ?, ?, ?)", [fold.shard, *part])
+        if self._sources["requests"].rows.num_rows:
+            db.execute(_REMEMBER, [fold.shard])
+        counts = [mark.keys, mark.data_bytes]
+        db.execute(_MARK, [mark.epoch, mark.last, mark.time_ms, *counts, fold.shard])
+
+    def close(self) -> None:
+        for name in self._sources:
+            self._cursor.unregister(name)
+        self._cursor.close()
+
+
+def _records(records: dict[bytes, Record | None]) -> Any:
+    keys = [key for key, record in records.items() if record is not None]
+    live = [record for record in records.values() if record is not None]
+    # Not zip(*live): it makes an iterator per record, and the collector runs over all of them.
+    columns = [[record[at] for record in live] for at in range(4)]
+    return _table(_RECORDS, [keys, *columns])
+
+
+def _deleted(records: dict[bytes, Record | None]) -> Any:
+    return _table(_DELETED, [[key for key, record in records.items() if record is None]])
+
+
+def _operations(batches: Iterable[LoggedBatch]) -> Any:
+    """The applied operations, a row each; of a batch that was applied as it is, nothing is looked at one by one."""
+    kinds, outcomes = bytearray(), bytearray()
+    seqs: list[int] = []
+    keys: list[bytes] = []
+    values: list[bytes | None] = []
+    numbers: list[int | None] = []
+    indexes: list[int] = []
+    runs: list[tuple[int, int, int, str | None]] = []
+    for logged in batches:
+        batch, applied = logged.batch, logged.outcomes
+        if applied_count(applied) < len(applied):
+            taken = [i for i, outcome in enumerate(applied) if outcome in APPLIED]
+            if not taken:
+                continue
+            batch, applied = batch.select(taken), bytes([applied[i] for i in taken])
+        count = len(applied)
+        kinds += batch.kinds
+        outcomes += applied
+        keys += batch.keys
+        values += batch.values or [None] * count
+        seqs += range(logged.first, logged.first + count)
+        numbers += batch.numbers or [None] * count
+        indexes += batch.indexes or [0] * count
+        runs.append((len(keys), logged.epoch, logged.time_ms, batch.client or None))
+    ends, epochs, times_ms, clients = [*zip(*runs, strict=True)] if runs else [()] * 4
+    hashes = [*map(crc32, keys)]
+    columns = [
+        _runs(ends, epochs, pa.int64()), seqs, _runs(ends, times_ms, pa.int64()),
+        _names(kinds, KIND_NAMES), keys, hashes, values, _runs(ends, clients, pa.string()),
+        numbers, indexes, _names(outcomes, OUTCOME_NAMES),
+    ]  # fmt: skip
+    return _table(_OPERATIONS, columns)
+
+
+def _requests(batches: Iterable[LoggedBatch]) -> Any:
+    rows = [_request(logged) for logged in batches if logged.batch.client and logged.batch.numbers]
+    columns = [*zip(*rows, strict=True)] if rows else [()] * len(_REQUESTS)
+    return _table(_REQUESTS, columns)
+
+
+def _request(logged: LoggedBatch) -> tuple[Any, ...]:
+    batch, numbers = logged.batch, logged.batch.numbers
+    indexes = encode_cbor([*batch.indexes]) if batch.indexes else None
+    return (
+        batch.client, numbers[0], numbers[-1], pack_numbers(numbers), indexes, logged.outcomes,
+        logged.epoch, logged.first, logged.time_ms,
+    )  # fmt: skip
+
+
+def pack_numbers(numbers: Sequence[int]) -> bytes:
+    """CBOR: the numbers; of a gapless ascent the first alone, as the outcomes tell how many there are."""
+    if isinstance(numbers, range) and numbers.step == 1:
+        return encode_cbor(numbers[0])
+    return encode_cbor([*numbers])
+
+
+def _runs(ends: Sequence[int], values: Sequence[Any], type: Any) -> Any:
+    return pa.RunEndEncodedArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, type))
+
+
+def _names(codes: bytearray, names: Sequence[str]) -> Any:
+    """A text column of which `codes` are the positions in `names`."""
+    buffer = pa.py_buffer(bytes(codes))
+    positions = pa.Array.from_buffers(pa.uint8(), len(codes), [None, buffer])
+    return pa.DictionaryArray.from_arrays(positions, pa.array(names, pa.string()))
+
+
+def _table(schema: Any, columns: Sequence[Any]) -> Any:
+    arrays = [
+        column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column, field.type)
+        for field, column in zip(schema, columns, strict=True)
+    ]
+    return pa.table(arrays, schema=schema)

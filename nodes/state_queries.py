@@ -1,0 +1,322 @@
+"""Answers to the machine's queries, read from the state's file.
+
+One thread asks. A page of rows is read in pieces, each with as many rows as are likely to fit, so that large values
+neither fill the memory nor end a page before its time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass, field
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeAlias
+from zlib import crc32
+
+import cbor2
+import duckdb
+
+from bus_kv.core.machine import (
+    Expiring,
+    HistoryOf,
+    KeysAfter,
+    Lookup,
+    Mark,
+    RangeCount,
+    RangeRead,
+    RequestsOf,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from duckdb import DuckDBPyConnection
+
+    from nodes.state_file import StateFile
+
+    Row: TypeAlias = tuple[Any, ...]
+    PointQuery: TypeAlias = (
+        Lookup | RangeRead | RangeCount | KeysAfter | Expiring | RequestsOf | HistoryOf
+    )
+
+LOOKUP_CHUNK_KEYS = 256
+"""Keys per statement: more of them pin too much memory at once."""
+PIECE_BYTES = 8 << 20
+"""A piece of a page has as many rows as this holds by the mean, unless `bytes_max` is less."""
+TOP_ROWS_MAX = 4096
+"""Rows up to which the first rows of a range are cheaper to pick in passing than to look for twice."""
+PIECE_ROWS_MAX = 100_000
+ROW_BYTES = 100
+"""What a row takes beside its key and value, as an estimate."""
+WALK_IDLE_NS = 60_000_000_000
+"""A walk over a table that nobody continues is given up after this."""
+
+
+@dataclass(slots=True)
+class _Walk:
+    """One walk over all keys of a shard: a snapshot that is read on and on."""
+
+    cursor: DuckDBPyConnection
+    position: int
+    touched_ns: int
+
+
+@dataclass(slots=True)
+class Reader:
+    file: StateFile
+    now_ns: Callable[[], int]
+    _cursor: DuckDBPyConnection = field(init=False)
+    _walks: dict[str, _Walk] = field(default_factory=dict)
+    _walks_guard: threading.Lock = field(default_factory=threading.Lock)
+    _positions: count[int] = field(default_factory=lambda: count(1))
+
+    def __post_init__(self) -> None:
+        self._cursor = self.file.cursor()
+
+    def answer(self, query: PointQuery) -> list[Any]:
+        """Rows as the query's class says. Raises duckdb.Error."""
+        match query:
+            case Lookup():
+                return self._lookup(query)
+            case RangeRead():
+                return self._range(query)
+            case RangeCount():
+                return self._count(query)
+            case KeysAfter():
+                return self._keys_after(query)
+            case Expiring():
+                return self._expiring(query)
+            case RequestsOf():
+                return self._requests_of(query)
+            case HistoryOf():
+                return self._history_of(query)
+
+    def _fetch(self, statement: str, parameters: list[Any]) -> list[Row]:
+        return self._cursor.execute(statement, parameters).fetchall()
+
+    def _table(self, shard: str) -> str | None:
+        table = self.file.tables.get(shard)
+        return f"state.{table.name}" if table else None
+
+    # ---- records ----
+
+    def _lookup(self, query: Lookup) -> list[Row]:
+        table = self._table(query.shard)
+        rows: list[Row] = []
+        for at in range(0, len(query.keys) if table else 0, LOOKUP_CHUNK_KEYS):
+            keys = query.keys[at : at + LOOKUP_CHUNK_KEYS]
+            places = ",".join("?" * len(keys))
+            rows += self._fetch(
+                f"SELECT key, value, epoch, seq, expires_at FROM {table} WHERE key IN ({places})",
+                [*keys],
+            )
+        return rows
+
+    def _range(self, query: RangeRead) -> list[Row]:
+        table = self._table(query.shard)
+        if table is None:
+            return []
+        mark = self.file.known.get(query.shard, Mark())
+        mean_bytes = mark.data_bytes // max(mark.keys, 1) if query.values else 0
+        return read_page(
+            lambda after, rows_max: self._range_piece(query, table, after, rows_max),
+            min(query.bytes_max, PIECE_BYTES) // (mean_bytes + ROW_BYTES),
+            query.limit,
+            query.bytes_max,
+            lambda row: len(row[0]) + len(row[1] or b""),
+        )
+
+    def _range_piece(
+        self, query: RangeRead, table: str, after: Row | None, rows_max: int
+    ) -> list[Row]:
+        """The table is not in order of keys, so this looks at all of them, and at the values of those that it takes.
+
+        DuckDB picks few rows in passing, but would sort all for many; so for these the last key is found first.
+        """
+        beyond, order, first = ("<", "DESC", "max") if query.reverse else (">", "ASC", "min")
+        conditions, keys = _bounds(query.start, query.end)
+        if after is not None:
+            conditions.append(f"key {beyond} ?")
+            keys.append(after[0])
+        value = "value" if query.values else "NULL"
+        with self._snapshot():
+            if rows_max > TOP_ROWS_MAX:
+                last = self._fetch(
+                    f"SELECT {first}(key, {rows_max})[-1] FROM {table} "
+                    f"WHERE {' AND '.join(conditions)}",
+                    keys,
+                )[0][0]
+                if last is None:
+                    return []
+                conditions.append(f"NOT key {beyond} ?")
+                keys.append(last)
+            return self._fetch(
+                f"SELECT key, {value}, epoch, seq, expires_at FROM {table} "
+                f"WHERE {' AND '.join(conditions)} ORDER BY key {order} LIMIT {rows_max}",
+                keys,
+            )
+
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        self._cursor.execute("BEGIN TRANSACTION READ ONLY")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(duckdb.Error):
+                self._cursor.execute("ROLLBACK")
+
+    def _count(self, query: RangeCount) -> list[int]:
+        table = self._table(query.shard)
+        if table is None:
+            return [0]
+        conditions, keys = _bounds(query.start, query.end)
+        where = " AND ".join(conditions)
+        return [self._fetch(f"SELECT count(*) FROM {table} WHERE {where}", keys)[0][0]]
+
+    def _expiring(self, query: Expiring) -> list[Row]:
+        table = self._table(query.shard)
+        if table is None:
+            return []
+        return self._fetch(
+            f"SELECT expires_at, key, seq FROM {table} WHERE expires_at <= ? "
+            f"ORDER BY expires_at, key LIMIT {query.limit}",
+            [query.until_ms],
+        )
+
+    # ---- all keys ----
+
+    def _keys_after(self, query: KeysAfter) -> list[tuple[int, list[bytes]]]:
+        """One statement reads the table from its beginning to its end, a part of its result at a time.
+
+        So all parts are of one snapshot, whatever is folded or checkpointed meanwhile, and no key that was there at the
+        start is missed. A position names the part that follows. A walk that is lost starts over: keys are told again.
+        """
+        table = self._table(query.shard)
+        if table is None:
+            return []
+        with self._walks_guard:
+            walk = self._walks.get(query.shard)
+            if walk is None or walk.position != query.after:
+                walk = self._begin_walk(query.shard, table)
+            rows = walk.cursor.fetchmany(query.count)
+            if not rows:
+                self._end_walk(query.shard)
+                return []
+            walk.position, walk.touched_ns = next(self._positions), self.now_ns()
+        return [(walk.position, [key for (key,) in rows])]
+
+    def _begin_walk(self, shard: str, table: str) -> _Walk:
+        self._end_walk(shard)
+        walk = self._walks[shard] = _Walk(self.file.cursor(), 0, self.now_ns())
+        walk.cursor.execute(f"SELECT key FROM {table}")
+        return walk
+
+    def _end_walk(self, shard: str) -> None:
+        walk = self._walks.pop(shard, None)
+        if walk is not None:
+            walk.cursor.close()
+
+    def end_walks(self, idle_ns: int = 0) -> None:
+        """Let go of the snapshots that nobody has read on for so long. Any thread may ask for it."""
+        with self._walks_guard:
+            before_ns = self.now_ns() - idle_ns
+            for shard in [s for s, walk in self._walks.items() if walk.touched_ns <= before_ns]:
+                self._end_walk(shard)
+
+    def interrupt(self) -> None:
+        """End the query under way. Any thread may ask for it."""
+        with contextlib.suppress(duckdb.Error):
+            self._cursor.interrupt()
+
+    def close(self) -> None:
+        self.end_walks()
+        self._cursor.close()
+
+    # ---- what was asked and done ----
+
+    def _requests_of(self, query: RequestsOf) -> list[Any]:
+        floors = self._fetch(
+            "SELECT max(floor) FROM state.clients WHERE shard = ? AND client = ?",
+            [query.shard, query.client],
+        )
+        rows = self._fetch(
+            "SELECT numbers, indexes, outcomes, epoch, first_seq, time_ms FROM state.requests "
+            "WHERE last >= ? AND first <= ? AND client = ? AND shard = ?",
+            [query.first, query.last, query.client, query.shard],
+        )
+        floor = floors[0][0]
+        return [-1 if floor is None else floor, *map(_run, rows)]
+
+    def _history_of(self, query: HistoryOf) -> list[Row]:
+        def piece(after: Row | None, rows_max: int) -> list[Row]:
+            conditions = ["key_hash = ?", "key = ?", "shard = ?"]
+            parameters: list[Any] = [crc32(query.key), query.key, query.shard]
+            before = after[:2] if after else query.before
+            if before is not None:
+                conditions.append("(epoch < ? OR epoch = ? AND seq < ?)")
+                parameters += [before[0], *before]
+            return self._fetch(
+                "SELECT epoch, seq, op, value, time_ms, client, number FROM state.oplog "
+                f"WHERE {' AND '.join(conditions)} ORDER BY epoch DESC, seq DESC LIMIT {rows_max}",
+                parameters,
+            )
+
+        mark = self.file.known.get(query.shard, Mark())
+        mean_bytes = mark.data_bytes // max(mark.keys, 1)
+        pace = min(query.bytes_max, PIECE_BYTES) // (mean_bytes + ROW_BYTES)
+        return read_page(piece, pace, query.limit, query.bytes_max, lambda row: len(row[3] or b""))
+
+
+def read_page(
+    piece: Callable[[Row | None, int], list[Row]],
+    pace: int,
+    limit: int,
+    bytes_max: int,
+    size: Callable[[Row], int],
+) -> list[Row]:
+    """Rows up to `limit`, or up to the one with which their sizes come to `bytes_max`, or all there are.
+
+    `piece(after, n)` reads the n rows that follow a row. It is asked for `pace` rows first, for more when they were
+    small, for fewer when there is no memory for them.
+    """
+    rows: list[Row] = []
+    pace = max(pace, 1)
+    while len(rows) < limit:
+        wanted = min(pace, limit - len(rows), PIECE_ROWS_MAX)
+        try:
+            read = piece(rows[-1] if rows else None, wanted)
+        except duckdb.OutOfMemoryException:
+            if wanted == 1:
+                raise
+            pace = wanted // 2
+            continue
+        for row in read:
+            rows.append(row)
+            bytes_max -= size(row)
+            if bytes_max <= 0:
+                return rows
+        if len(read) < wanted:
+            break
+        pace *= 2
+    return rows
+
+
+def _bounds(start: bytes, end: bytes | None) -> tuple[list[str], list[bytes]]:
+    """Conditions of [start, end) and their parameters."""
+    return (["key >= ?"], [start]) if end is None else (["key >= ?", "key < ?"], [start, end])
+
+
+def _run(row: Row) -> Row:
+    numbers, indexes, outcomes, *rest = row
+    return (
+        _numbers(numbers, len(outcomes)),
+        cbor2.loads(indexes) if indexes is not None else (),
+        outcomes,
+        *rest,
+    )
+
+
+def _numbers(packed: bytes, count: int) -> Sequence[int]:
+    """What `pack_numbers` has packed."""
+    numbers = cbor2.loads(packed)
+    return range(numbers, numbers + count) if isinstance(numbers, int) else numbers

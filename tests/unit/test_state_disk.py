@@ -1,0 +1,331 @@
+"""The state's file in trouble: killed processes, full disks, damaged and foreign files."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from bus_kv.core.machine import Lookup
+from nodes.log import DiskError
+from nodes.state import set_aside
+from tests.support.command import environment
+from tests.support.state import (
+    RandomWriter,
+    State,
+    Writer,
+    folded_until,
+    open_state,
+    puts,
+)
+
+ROUNDS = 20
+CHECKPOINT_WAL_BYTES = 60_000
+CHILD_WITHIN_S = 60.0
+FILE = "state.duckdb"
+
+
+def start_child(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """A process that can be killed, or have limits of its own. `code` finds the arguments in `args`."""
+    prelude = "import sys\nargs = sys.argv[1:]\n"
+    return subprocess.Popen(
+        [sys.executable, "-c", prelude + code, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+    )  # fmt: skip
+
+
+def run_child(code: str, *arguments: object) -> str:
+    with start_child(code, *arguments) as child:
+        output, _ = child.communicate(timeout=CHILD_WITHIN_S)
+    assert child.returncode == 0, output
+    return output
+
+
+# ---- kill -9 ----
+
+FOLD_FOR_EVER = """
+from pathlib import Path
+from tests.support.state import fold_for_ever
+fold_for_ever(Path(args[0]), int(args[1]), int(args[2]))
+"""
+
+
+def test_a_killed_process_leaves_whole_folds(tmp_path: Path) -> None:
+    randomness = random.Random(os.environ.get("SEED", "kill"))
+    data, seed, last = tmp_path / "data", randomness.randrange(1000), 0
+    for round in range(ROUNDS):
+        acknowledged = max(last, kill_while_it_folds(data, seed, randomness.randrange(25)))
+        # A copy is looked at, so that the next process finds what the killed one left.
+        copy = tmp_path / f"copy-{round}"
+        shutil.copytree(data, copy)
+        state = State(copy)
+        last = state.store.marks()["s1"].last if state.store.marks() else 0
+        assert last >= acknowledged
+        if last:
+            assert state.contents("s1") == folded_until(seed, last)
+        state.store.close()
+        shutil.rmtree(copy)
+    assert last > ROUNDS
+
+
+def kill_while_it_folds(data: Path, seed: int, folds: int) -> int:
+    """Last acknowledged seq of a process that was killed after so many more folds, or while it began."""
+    with start_child(FOLD_FOR_EVER, data, seed, CHECKPOINT_WAL_BYTES) as child:
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(folds)]
+        child.kill()
+        lines += child.stdout.readlines()
+    complete = [line for line in lines if line.endswith("\n")]
+    assert all(line.strip().isdigit() for line in complete), complete
+    return int(complete[-1]) if complete else 0
+
+
+# ---- a full disk ----
+
+LIMITED = """
+import logging, resource
+from pathlib import Path
+from bus_kv.core.machine import Answered, FoldStalled, RangeCount
+from tests.support.state import State, Writer, puts
+import nodes.state
+
+logging.disable()
+nodes.state.CHECKPOINT_RETRY_S = 0.0
+state = State(Path(args[0]), checkpoint_wal_bytes=int(args[1]))
+writer = Writer()
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, unlimited[1]))
+done = writer.on_disk
+for n in range(1000):
+    done = len(writer.on_disk.kv)
+    state.store.submit(writer.fold(puts([b"%d-%d" % (n, i) for i in range(100)], b"v" * 500)))
+    event = state.next_event()
+    if isinstance(event, FoldStalled):
+        break
+assert "no space left" in event.reason, event
+assert state.store.marks()["s1"].keys == done
+"""
+
+GOES_ON = """
+state.store.submit(RangeCount(1, "s1", b"", None))
+assert state.next_event().rows == [done]
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+assert state.next_event() == FoldStalled("")
+assert isinstance(state.next_event(), Answered)
+state.do(writer.fold(puts([b"last"])))
+assert state.contents("s1") == writer.on_disk
+assert state.failures.empty()
+state.store.close()
+state = State(Path(args[0]))
+assert state.contents("s1") == writer.on_disk
+state.store.close()
+"""
+
+
+@pytest.mark.parametrize(
+    "checkpoint_wal_bytes",
+    [pytest.param(1 << 30, id="in the log"), pytest.param(1 << 19, id="in the checkpoint")],
+)
+def test_a_fold_waits_for_space(tmp_path: Path, checkpoint_wal_bytes: int) -> None:
+    run_child(LIMITED + GOES_ON, tmp_path, checkpoint_wal_bytes)
+
+
+def test_a_node_can_stop_while_the_disk_is_full(tmp_path: Path) -> None:
+    run_child(LIMITED + "state.store.close()", tmp_path, 1 << 30)
+    state = State(tmp_path)
+    assert state.failures.empty()
+    assert state.ask(Lookup(1, "s1", [b"0-0"]))
+    state.store.close()
+
+
+def test_a_process_ends_without_a_word(tmp_path: Path) -> None:
+    code = """
+from pathlib import Path
+from tests.support.state import State, Writer, puts
+state = State(Path(args[0]))
+state.do(Writer().fold(puts([b"k"])))
+state.store.close()
+"""
+    assert run_child(code, tmp_path) == ""
+
+
+# ---- an attachment that DuckDB has given up ----
+
+
+def test_after_a_failed_checkpoint_the_file_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, writer = State(tmp_path, checkpoint_wal_bytes=1), Writer()
+    state.do(writer.fold(puts([b"a"])))
+    file = state.store._file
+
+    def fail() -> None:
+        raise duckdb.IOException("Checkpoint failed, the database has been invalidated")
+
+    monkeypatch.setattr(file, "checkpoint", fail)
+    state.do(writer.fold(puts([b"b"])))
+    monkeypatch.undo()
+    state.do(writer.fold(puts([b"c"])))
+    assert state.contents("s1") == writer.on_disk
+    state.store.close()
+    assert state.failures.empty()
+
+
+def test_a_fold_that_was_durable_though_it_failed_is_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, writer = State(tmp_path), Writer()
+    state.do(writer.fold(puts([b"a"])))
+    write = state.store._writer.write
+
+    def write_and_fail(*arguments: Any) -> None:
+        monkeypatch.undo()
+        write(*arguments)
+        raise duckdb.FatalException("database has been invalidated")
+
+    monkeypatch.setattr(state.store._writer, "write", write_and_fail)
+    state.do(writer.fold(puts([b"b"], client="c", numbers=range(1))))
+    assert state.contents("s1") == writer.on_disk
+    state.store.close()
+    assert state.failures.empty()
+
+
+# ---- files that are not what they should be ----
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """The directory of a node that was stopped, with some keys."""
+    state, writer = State(tmp_path), RandomWriter(seed=5)
+    for _ in range(5):
+        state.do(writer.next_fold())
+    state.store.close()
+    return tmp_path
+
+
+def refusal(directory: Path, **options: Any) -> str:
+    with pytest.raises(DiskError) as refused:
+        open_state(directory, **options)
+    assert str(directory / FILE) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def change_meta(directory: Path, name: str, value: str) -> None:
+    with duckdb.connect(directory / FILE) as db:
+        db.execute("UPDATE meta SET value = ? WHERE name = ?", [value, name])
+
+
+def as_garbage(path: Path) -> None:
+    path.write_bytes(b"garbage " * 100_000)
+
+
+def test_a_file_that_was_cut_off_ends_the_node(tmp_path: Path) -> None:
+    state, writer = State(tmp_path), Writer()
+    batch = puts([b"%d" % i for i in range(20_000)])
+    batch.values = [random.Random(i).randbytes(100) for i in range(20_000)]
+    state.do(writer.fold(batch))
+    state.store.close()
+    os.truncate(tmp_path / FILE, 3 * BLOCK_BYTES)
+    (complaint,) = complaints_of(tmp_path, batch.keys)[:1]
+    assert "--rebuild" in complaint
+
+
+def as_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def without_tables(path: Path) -> None:
+    path.unlink()
+    duckdb.connect(path).close()
+
+
+@pytest.mark.parametrize("spoil", [as_garbage, as_empty, without_tables])
+def test_a_damaged_file_is_refused(stopped: Path, spoil: Callable[[Path], None]) -> None:
+    spoil(stopped / FILE)
+    message = refusal(stopped)
+    assert "damaged" in message
+    assert "--rebuild" in message
+
+
+def test_a_log_without_its_file_is_refused(stopped: Path) -> None:
+    (stopped / FILE).rename(stopped / f"{FILE}.wal")
+    assert "--rebuild" in refusal(stopped)
+
+
+def test_a_newer_format_is_refused(stopped: Path) -> None:
+    change_meta(stopped, "format_version", "99")
+    assert "99" in refusal(stopped)
+
+
+def test_the_state_of_another_log_is_refused(stopped: Path) -> None:
+    message = refusal(stopped, incarnation="another")
+    assert "belongs to another log" in message
+    assert "--rebuild" in message
+
+
+def test_what_a_killed_process_left_unfinished_is_taken_away(stopped: Path) -> None:
+    (stopped / f"{FILE}.new").write_bytes(b"half")
+    (stopped / "state.tmp").mkdir()
+    open_state(stopped).close()
+    assert [path.name for path in stopped.iterdir()] == [FILE]
+
+
+def test_a_damaged_file_is_set_aside_and_made_anew(stopped: Path) -> None:
+    as_garbage(stopped / FILE)
+    (stopped / f"{FILE}.wal").write_bytes(b"wal")
+    assert set_aside(stopped) == stopped / f"{FILE}.1.damaged"
+    names = {path.name for path in stopped.iterdir()}
+    assert names == {f"{FILE}.1.damaged", f"{FILE}.1.damaged.wal"}
+    state = State(stopped)
+    assert state.store.marks() == {}
+    state.do(Writer().fold(puts([b"k"])))
+    state.store.close()
+    assert set_aside(stopped) == stopped / f"{FILE}.2.damaged"
+    assert set_aside(stopped) is None
+
+
+BLOCK_BYTES, HEADERS_BYTES = 256 << 10, 12 << 10
+
+
+def test_bytes_that_went_bad_end_the_node(tmp_path: Path) -> None:
+    """Wherever they are, and at the latest when they are read."""
+    data, values, writer = tmp_path / "data", random.Random(1), Writer()
+    state = State(data)
+    for n in range(3):
+        batch = puts([b"%d-%d" % (n, i) for i in range(3000)])
+        batch.values = [values.randbytes(100) for _ in batch.keys]
+        state.do(writer.fold(batch))
+    state.store.close()
+    complaints = []
+    for at in range(HEADERS_BYTES, (data / FILE).stat().st_size, BLOCK_BYTES):
+        copy = tmp_path / f"copy-{at}"
+        shutil.copytree(data, copy)
+        turn_byte(copy / FILE, at + BLOCK_BYTES // 4)
+        complaints += complaints_of(copy, [*writer.on_disk.kv])
+    assert len(complaints) > 2
+    assert all("--rebuild" in complaint for complaint in complaints)
+
+
+def turn_byte(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def complaints_of(directory: Path, keys: list[bytes]) -> list[str]:
+    """Why a node does not start there, or ends when it reads all keys."""
+    try:
+        state = State(directory)
+    except DiskError as error:
+        return [str(error)]
+    answer = state.do(Lookup(1, "s1", keys))
+    assert answer.failure or len(answer.rows) == len(keys)
+    state.store.close()
+    return [str(error) for error in state.failures.queue]
