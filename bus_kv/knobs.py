@@ -22,6 +22,8 @@ OPS_MAX = 10_000
 SCAN_LIMIT_DEFAULT = 100
 SCAN_LIMIT_MAX = 10_000
 """Items of one page; a page also ends at the size of a reply."""
+ERASE_KEYS_MAX = 1000
+"""Keys that one delete_prefix deletes; its reply says whether there are more."""
 TTL_MS_MAX = 100 * 366 * 24 * 3600 * 1000
 """A hundred years: larger is a mistake of units."""
 
@@ -57,6 +59,10 @@ class Knobs:
     """A forward without an answer for this long raises a suspicion on the bus."""
     answer_within_ms: int = 1500
     """A gateway or a primary answers within this, with OUTCOME_UNKNOWN if need be."""
+    sql_timeout_ms: int = 10_000
+    """A query ends after this, with SQL_FAILED."""
+    sql_rows_max: int = 100_000
+    """Rows of one result at most; its bytes are bounded by the message."""
     dedup_window_ms: int = 3_600_000
     """How long the outcome of a request_id is kept."""
     dedup_runs_max: int = 50_000

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import islice, repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -61,6 +61,7 @@ class _Call(Fate):
     body: bytes
     token: Any
     deadline_ns: int
+    attempt_ns: int
     give_up_ns: int = 0
     attempts: int = 0
 
@@ -91,6 +92,8 @@ class Session:
         self._dirty: list[Lane] = []
         self._sent: dict[int, Sent] = {}
         self._calls: dict[int, _Call] = {}
+        self._queries: dict[int, _Call] = {}
+        """Calls that may take longer than others."""
         self._unrouted: list[Operation] = []
         self._paused: list[tuple[int, int, Operation | _Call]] = []
         self._fetch: int | None = None
@@ -172,7 +175,11 @@ class Session:
             refusal = ValueTooLarge(f"a request has at most {self._sizes.message} bytes; send less")
             return self._done((token,), (refusal,))
         self._pending += 1
-        return self._send_call(_Call(verb, body, token, now_ns + self._timeout_ns), now_ns)
+        timeout_ns, attempt_ns = self._timeout_ns, self._knobs.client_attempt_ms * MILLISECOND_NS
+        if verb == "sql":
+            # A query may take its time, and asking again would only add to the work.
+            timeout_ns = attempt_ns = (self._knobs.sql_timeout_ms + 3000) * MILLISECOND_NS
+        return self._send_call(_Call(verb, body, token, now_ns + timeout_ns, attempt_ns), now_ns)
 
     def fetch_routes(self, now_ns: int) -> None:
         """Read the shard map, unless that is under way."""
@@ -189,12 +196,13 @@ class Session:
         waiting = [(o, False) for lane in self._lanes.values() for o in self._all_waiting(lane)]
         paused = [(item, False) for _, _, item in self._paused]
         unrouted = [(o, False) for o in self._unrouted]
-        calls = [(call, True) for call in self._calls.values()]
+        calls = [(call, True) for call in (*self._calls.values(), *self._queries.values())]
         for item, is_sent in (*sent, *waiting, *paused, *unrouted, *calls):
             if is_sent:
                 item.abandon()
             self._finish(item.token, item.verdict(ShardUnavailable(reason)))
-        self._sent, self._lanes, self._paused, self._unrouted, self._calls = {}, {}, [], [], {}
+        self._sent, self._lanes, self._paused, self._unrouted = {}, {}, [], []
+        self._calls, self._queries = {}, {}
         self._near.clear()
 
     # ---- the machine ----
@@ -206,6 +214,8 @@ class Session:
             self._on_reply(self._sent.pop(correlation), event.body, now_ns)
         elif correlation in self._calls:
             self._on_call_reply(self._calls.pop(correlation), event.body, now_ns)
+        elif correlation in self._queries:
+            self._on_call_reply(self._queries.pop(correlation), event.body, now_ns)
         elif correlation == self._fetch:
             self._on_routes(event.body, now_ns)
 
@@ -228,8 +238,8 @@ class Session:
         candidates = [self._paused[0][0]] if self._paused else []
         if self._sent:
             candidates.append(next(iter(self._sent.values())).give_up_ns)
-        if self._calls:
-            candidates.append(next(iter(self._calls.values())).give_up_ns)
+        for calls in (self._calls, self._queries):
+            candidates += [call.give_up_ns for call in islice(calls.values(), 1)]
         if self._fetch is not None:
             candidates.append(self._fetch_ns)
         working = [lane for lane in self._lanes.values() if lane.has_work]
@@ -248,12 +258,9 @@ class Session:
                 break
             del self._sent[correlation]
             self._on_silence(sent, now_ns)
-        while self._calls:
-            correlation, call = next(iter(self._calls.items()))
-            if call.give_up_ns > now_ns:
-                break
-            del self._calls[correlation]
-            self._on_call_silence(call, now_ns)
+        for calls in (self._calls, self._queries):
+            while calls and next(iter(calls.values())).give_up_ns <= now_ns:
+                self._on_call_silence(calls.pop(next(iter(calls))), now_ns)
         while self._paused and self._paused[0][0] <= now_ns:
             item = heapq.heappop(self._paused)[2]
             if isinstance(item, _Call):
@@ -455,9 +462,9 @@ class Session:
     # ---- calls and the map ----
 
     def _send_call(self, call: _Call, now_ns: int) -> None:
-        attempt_ns = self._knobs.client_attempt_ms * MILLISECOND_NS
-        call.give_up_ns = now_ns + attempt_ns
-        self._calls[self._request(self._subjects.verb(call.verb), call.body)] = call
+        call.give_up_ns = now_ns + call.attempt_ns
+        sent = self._queries if call.verb == "sql" else self._calls
+        sent[self._request(self._subjects.verb(call.verb), call.body)] = call
 
     def _on_call_silence(self, call: _Call, now_ns: int) -> None:
         call.abandon()

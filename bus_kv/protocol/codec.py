@@ -92,8 +92,18 @@ def to_json(value: Any) -> Any:
     if isinstance(value, dict):
         return dict(_json_item(name, item) for name, item in value.items())
     if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
+        return [_json_cell(item) for item in value]
     return value
+
+
+def _json_cell(item: Any) -> Any:
+    """An item of a list has no name that could say what it is: bytes that are no text become {"b64": …}."""
+    if not isinstance(item, bytes):
+        return to_json(item)
+    try:
+        return item.decode()
+    except UnicodeDecodeError:
+        return {"b64": base64.b64encode(item).decode()}
 
 
 def _json_item(name: Any, item: Any) -> tuple[str, Any]:

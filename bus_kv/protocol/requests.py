@@ -46,14 +46,38 @@ class ScanRequest:
     reverse: bool = False
     keys_only: bool = False
     count_only: bool = False
+    erase: RequestId | None = None
+    """Delete what is found instead of returning it, as this request (a batch's `delete_prefix`)."""
     verb: str = field(default="scan", init=False)
 
     def to_wire(self) -> dict[str, Any]:
         return {
             "start": self.start, "end": self.end, "limit": self.limit,
             "reverse": self.reverse, "keys_only": self.keys_only,
-            "count_only": self.count_only,
+            "count_only": self.count_only, "erase": self.erase and [*self.erase],
+            "consistency": self.consistency,
         }  # fmt: skip
+
+
+@dataclass(slots=True)
+class HistoryRequest:
+    """Versions of a key, newest first, those before `before`."""
+
+    keyspace: str
+    key: bytes
+    limit: int = knobs.SCAN_LIMIT_DEFAULT
+    before: b.Version | None = None
+    consistency: str | None = None
+    verb: str = field(default="history", init=False)
+
+    def to_wire(self) -> dict[str, Any]:
+        return {"key": self.key, "limit": self.limit, "before": self.before}
+
+
+@dataclass(slots=True)
+class SqlRequest:
+    query: str
+    verb: str = field(default="sql", init=False)
 
 
 @dataclass(slots=True)
@@ -65,7 +89,9 @@ class InfoRequest:
     """map only: answer from the node's own copy, for a client that cannot reach the store through any node."""
 
 
-Request: TypeAlias = DataRequest | ScanRequest | InfoRequest
+PageRequest: TypeAlias = ScanRequest | HistoryRequest
+"""What one shard answers a page at a time."""
+Request: TypeAlias = DataRequest | PageRequest | SqlRequest | InfoRequest
 
 
 def parse_request(verb: str, body: dict[str, Any], sizes: Sizes) -> Request:
@@ -151,15 +177,39 @@ def _single(verb: str, body: dict[str, Any]) -> DataRequest:
     return DataRequest(verb, keyspace, consistency, request_id, batch)
 
 
-def _batch(verb: str, body: dict[str, Any]) -> DataRequest:
+def _batch(verb: str, body: dict[str, Any]) -> DataRequest | ScanRequest:
     fields = _Fields(body, verb)
     keyspace, consistency, request_id = _common(fields)
     operations = fields.take("ops", list)
     atomic = fields.take("atomic", bool, False)
     fields.finish()
+    if operations and any(_is_delete_prefix(operation) for operation in operations):
+        if len(operations) > 1:
+            raise MalformedRequest("delete_prefix is the only operation of its batch")
+        return _delete_prefix(operations[0], keyspace, consistency, request_id)
     batch = parse_operations(operations)
     batch.atomic = atomic
     return DataRequest(verb, keyspace, consistency, request_id, batch)
+
+
+def _is_delete_prefix(operation: Any) -> bool:
+    return type(operation) is dict and operation.get("op") == "delete_prefix"
+
+
+def _delete_prefix(
+    operation: dict[str, Any], keyspace: str, consistency: str | None, id: RequestId | None
+) -> ScanRequest:
+    fields = _Fields(operation, "operation 0")
+    fields.take("op", str)
+    prefix = fields.take("prefix", bytes)
+    if not prefix:
+        raise MalformedRequest("delete_prefix needs a prefix")
+    b.check_keys([prefix])
+    fields.finish()
+    return ScanRequest(
+        keyspace, consistency, prefix, prefix_end(prefix), knobs.ERASE_KEYS_MAX, keys_only=True,
+        erase=id or ("", 0),
+    )  # fmt: skip
 
 
 def parse_operations(operations: Any) -> Batch:
@@ -232,12 +282,17 @@ def read_range(request: ScanRequest, take: Callable[..., Any]) -> None:
     """Fill in what a scan and its form on a shard's subject have in common."""
     request.start = take("start", bytes, b"")
     request.end = take("end", bytes)
-    request.limit = take("limit", int, knobs.SCAN_LIMIT_DEFAULT)
+    request.limit = _limit(take)
     request.reverse = take("reverse", bool, False)
     request.keys_only = take("keys_only", bool, False)
     request.count_only = take("count_only", bool, False)
-    if not 1 <= request.limit <= knobs.SCAN_LIMIT_MAX:
+
+
+def _limit(take: Callable[..., Any]) -> int:
+    limit: int = take("limit", int, knobs.SCAN_LIMIT_DEFAULT)
+    if not 1 <= limit <= knobs.SCAN_LIMIT_MAX:
         raise MalformedRequest(f"limit is from 1 to {knobs.SCAN_LIMIT_MAX}")
+    return limit
 
 
 def parse_shard_scan(body: Any) -> ScanRequest:
@@ -245,10 +300,50 @@ def parse_shard_scan(body: Any) -> ScanRequest:
     if type(body) is not dict:
         raise MalformedRequest("scan is not a map")
     fields = _Fields({k: v for k, v in body.items() if v is not None}, "scan")
-    request = ScanRequest("default", None)
+    request = ScanRequest("default", fields.take("consistency", str))
     read_range(request, fields.take)
+    erase = fields.take("erase", list)
     fields.finish()
+    if erase is not None:
+        request.erase = parse_request_id(":".join(map(str, erase)))
     return request
+
+
+def _history(verb: str, body: dict[str, Any]) -> HistoryRequest:
+    fields = _Fields(body, verb)
+    keyspace, consistency, _ = _common(fields)
+    cursor = fields.take("cursor", str) if body.get("cursor") is not None else None
+    fields.known.add("cursor")
+    request = HistoryRequest(keyspace, fields.key(), _limit(fields.take), None, consistency)
+    fields.finish()
+    if cursor is not None:
+        epoch, _, seq = cursor.partition(".")
+        if not (epoch.isdecimal() and seq.isdecimal()):
+            raise MalformedRequest("cursor is not one that history has returned")
+        request.before = (int(epoch), int(seq))
+    return request
+
+
+def parse_shard_history(body: Any) -> HistoryRequest:
+    """The `history` field of a shard request."""
+    if type(body) is not dict:
+        raise MalformedRequest("history is not a map")
+    fields = _Fields({k: v for k, v in body.items() if v is not None}, "history")
+    request = HistoryRequest("default", fields.key(), _limit(fields.take))
+    before = fields.take("before", list)
+    fields.finish()
+    request.before = None if before is None else b.as_version(before)
+    return request
+
+
+def _sql(verb: str, body: dict[str, Any]) -> SqlRequest:
+    fields = _Fields(body, verb)
+    _common(fields)
+    query: str | None = fields.take("query", str)
+    fields.finish()
+    if not query:
+        raise MalformedRequest("sql needs a query")
+    return SqlRequest(query)
 
 
 def _least(a: bytes | None, other: bytes | None) -> bytes | None:
@@ -294,6 +389,7 @@ def _info(verb: str, body: dict[str, Any]) -> InfoRequest:
 
 _PARSERS: dict[str, Callable[[str, dict[str, Any]], Request]] = {
     "get": _single, "put": _single, "delete": _single, "batch": _batch, "scan": _scan,
+    "history": _history, "sql": _sql,
     "health": _info, "stats": _info, "map": _info,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Control messages on a node's inbox: hello, seal, open, active (DESIGN.md, "Life of a replica")."""
+"""Messages on a node's inbox: hello, seal, open, active, sql (DESIGN.md, "Life of a replica")."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class Control:
                 "seal": self._on_seal,
                 "open": self._on_open,
                 "active": self._on_active,
+                "sql": self._on_sql,
             }[fields["type"]]
             handle(fields, partial(self._reply_control, message))
         except (BusKVError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -96,6 +97,15 @@ class Control:
         shard = self._node.map.shards.get(replica.shard.id)
         if shard is not None:
             self._node.follow(replica, shard)
+
+    def _on_sql(self, fields: dict[str, Any], reply: Reply) -> None:
+        """A query over the shards that this node serves, for another node's gateway."""
+        shards, query = fields["shards"], fields["query"]
+        if type(shards) is not list or {*map(type, shards), type(query)} != {str}:
+            raise TypeError("shards and query are text")
+        self._node.sql.answer_for(
+            shards, query, lambda part: reply(part if isinstance(part, dict) else part.to_body())
+        )
 
     def _on_active(self, fields: dict[str, Any], reply: Reply) -> None:
         """Step 4, told directly: the record is ACTIVE."""

@@ -28,7 +28,14 @@ from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply, decode_batch_reply, split_batch
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
-from bus_kv.protocol.requests import DataRequest, ScanRequest, make_cursor, result_of
+from bus_kv.protocol.requests import (
+    DataRequest,
+    HistoryRequest,
+    PageRequest,
+    ScanRequest,
+    make_cursor,
+    result_of,
+)
 from bus_kv.protocol.shard_map import ShardState
 
 if TYPE_CHECKING:
@@ -42,7 +49,7 @@ if TYPE_CHECKING:
 class Call:
     """One client request on its way; `answer` gets its result or its failure, once."""
 
-    request: DataRequest | ScanRequest
+    request: DataRequest | PageRequest
     deadline_ns: int
     answer: Callable[[dict[str, Any] | BusKVError], None]
     results: list[dict[str, Any] | None] = field(default_factory=list)
@@ -71,7 +78,9 @@ class _Part(Fate):
 
     @property
     def is_read(self) -> bool:
-        return self.batch is None or self.batch.kinds.count(b.GET) == len(self.batch)
+        if self.batch is not None:
+            return self.batch.kinds.count(b.GET) == len(self.batch)
+        return not (isinstance(self.call.request, ScanRequest) and self.call.request.erase)
 
 
 class Gateway:
@@ -85,7 +94,7 @@ class Gateway:
         self._wakes: list[tuple[int, int]] = []
 
     def start(
-        self, request: DataRequest | ScanRequest, now_ns: int,
+        self, request: DataRequest | PageRequest, now_ns: int,
         answer: Callable[[dict[str, Any] | BusKVError], None],
     ) -> None:  # fmt: skip
         """Take on a request. `answer` is called once, within `answer_within_ms`."""
@@ -97,7 +106,9 @@ class Gateway:
         if request.consistency is None:
             request.consistency = keyspace.consistency
         call = Call(request, now_ns + self._node.answer_within_ns, answer)
-        if isinstance(request, ScanRequest):
+        if not isinstance(request, DataRequest):
+            if isinstance(request, ScanRequest) and request.erase == ("", 0):
+                request.erase = self._next_id()
             call.missing = 1
             return self._route(_Part(call, request.keyspace, [0], None), now_ns)
         self._identify(request)
@@ -114,12 +125,13 @@ class Gateway:
         batch = request.batch
         assert request.consistency is not None
         batch.consistency = request.consistency
-        if request.request_id is None:
-            self._number += 1
-            request.request_id = (self._client, self._number)
-        client, number = request.request_id
+        client, number = request.request_id or self._next_id()
         batch.client, batch.numbers = client, [number] * len(batch)
         batch.indexes = list(range(len(batch))) if request.verb == "batch" else []
+
+    def _next_id(self) -> tuple[str, int]:
+        self._number += 1
+        return (self._client, self._number)
 
     def _start_data(self, call: Call, request: DataRequest, now_ns: int) -> None:
         batch = request.batch
@@ -161,12 +173,9 @@ class Gateway:
         """Send a part to the primary of its shard, as the map is now; a part that lies in several is split."""
         part.waits = True
         if part.batch is None:
-            shard = self._scan_shard(part)
+            shard = self._page_shard(part.call.request)
             if shard is None:
-                counts = part.call.request.count_only  # type: ignore[union-attr]
-                none: dict[str, Any] = {"count": 0} if counts else {"items": []}
-                empty = {**none, "cursor": None}
-                return self._finish_part(part.call, part.positions, [empty])
+                return self._on_no_shard(part)
         else:
             groups = self._group(part.keyspace, part.batch)
             if len(groups) > 1:
@@ -189,16 +198,29 @@ class Gateway:
             piece.unanswered = part.unanswered
             self._route(piece, now_ns)
 
-    def _scan_shard(self, part: _Part) -> Shard | None:
-        """The shard where the page begins; where no shard is, the next one in the scan's direction."""
-        request = part.call.request
+    def _page_shard(self, request: DataRequest | PageRequest) -> Shard | None:
+        """The shard where a page begins; where no shard is, the next one in the scan's direction."""
+        if isinstance(request, HistoryRequest):
+            return self._node.map.shard_of(request.keyspace, request.key)
         assert isinstance(request, ScanRequest)
-        shards = self._node.map.ordered(part.keyspace)
+        shards = self._node.map.ordered(request.keyspace)
         if request.reverse:
             below = [s for s in shards if request.end is None or s.start < request.end]
             return below[-1] if below and _reaches(below[-1], request.start) else None
         above = [s for s in shards if s.end is None or request.start < s.end]
         return above[0] if above and (request.end is None or above[0].start < request.end) else None
+
+    def _on_no_shard(self, part: _Part) -> None:
+        """A scan has come to its end; a key's history is nowhere."""
+        request = part.call.request
+        if not isinstance(request, ScanRequest):
+            return self._fail_part(part, _no_shard())
+        empty: dict[str, Any] = {"items": []}
+        if request.count_only:
+            empty = {"count": 0}
+        elif request.erase:
+            empty = {"deleted": 0, "version": None}
+        return self._finish_page(part, empty, None)
 
     def _send(self, part: _Part, shard: Shard, now_ns: int) -> None:
         part.waits = False
@@ -207,16 +229,18 @@ class Gateway:
             deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
             raw = part.batch.encode()
             return self._node.submit(shard.id, part.batch, raw, shard.epoch, deadline_ns, respond)
+        request = part.call.request
         if here:
-            assert isinstance(part.call.request, ScanRequest)
-            respond = partial(self._on_page, part)
-            return self._node.scan(shard.id, part.call.request, shard.epoch, respond)
+            assert not isinstance(request, DataRequest)
+            answered = partial(self._on_page, part)
+            return self._node.page(shard.id, request, shard.epoch, part.call.deadline_ns, answered)
         body: dict[str, Any] = {"epoch": shard.epoch}
         if part.batch is not None:
             body["batch"] = part.batch.encode()
         else:
-            assert isinstance(part.call.request, ScanRequest)
-            body["scan"] = part.call.request.to_wire()
+            assert not isinstance(request, DataRequest)
+            form = "history" if isinstance(request, HistoryRequest) else "scan"
+            body[form] = request.to_wire()
         correlation = self._node.request_shard(shard.id, encode_cbor(body))
         self._parts[correlation] = part
         self._wake(correlation, now_ns + self._knobs.suspect_after_ms * MILLISECOND_NS, part)
@@ -277,11 +301,22 @@ class Gateway:
         if isinstance(page, BusKVError):
             return self._on_failure(part, page)
         request = part.call.request
-        assert isinstance(request, ScanRequest)
         position = page.pop("next")
+        if isinstance(request, HistoryRequest):
+            page["cursor"] = None if position is None else f"{position[0]}.{position[1]}"
+            return self._finish_part(part.call, part.positions, [page])
+        assert isinstance(request, ScanRequest)
         if position is None:
             position = self._beyond(part, request)
-        page["cursor"] = None if position is None else make_cursor(request, position)
+        return self._finish_page(part, page, position)
+
+    def _finish_page(self, part: _Part, page: dict[str, Any], position: bytes | None) -> None:
+        request = part.call.request
+        assert isinstance(request, ScanRequest)
+        if request.erase:
+            page = {"results": [{**page, "more": position is not None}]}
+        else:
+            page["cursor"] = None if position is None else make_cursor(request, position)
         return self._finish_part(part.call, part.positions, [page])
 
     def _beyond(self, part: _Part, request: ScanRequest) -> bytes | None:
@@ -308,13 +343,13 @@ class Gateway:
         return self._pause(part, now_ns)
 
     def _fail_part(self, part: _Part, failure: BusKVError) -> None:
-        if isinstance(part.call.request, ScanRequest) or part.call.request.verb != "batch":
+        if part.batch is None or part.call.request.verb != "batch":
             part.call.finish(failure)
             return
         self._finish_part(part.call, part.positions, [failure.to_body()] * len(part.positions))
 
     def _finish_part(self, call: Call, positions: list[int], results: list[dict[str, Any]]) -> None:
-        if isinstance(call.request, ScanRequest):
+        if not isinstance(call.request, DataRequest):
             return call.finish(results[0])
         for position, result in zip(positions, results, strict=True):
             call.results[position] = result

@@ -49,7 +49,13 @@ from bus_kv.protocol.messages import (
     failure_headers,
     heartbeat_from_wire,
 )  # fmt: skip
-from bus_kv.protocol.requests import VERBS, InfoRequest, parse_request
+from bus_kv.protocol.requests import (
+    VERBS,
+    HistoryRequest,
+    InfoRequest,
+    SqlRequest,
+    parse_request,
+)
 from bus_kv.protocol.shard_map import (
     Shard,
     ShardMap,
@@ -61,18 +67,20 @@ from bus_kv.protocol.shard_map import (
 from bus_kv.protocol.sizes import Sizes
 from nodes.machine import views
 from nodes.machine.control import Control
+from nodes.machine.erase import erase
 from nodes.machine.fit import encode_fitting
 from nodes.machine.gateway import Gateway
 from nodes.machine.map_reader import MapReader
 from nodes.machine.replica import Past, Replica, Status
 from nodes.machine.shard_requests import ShardRequests
+from nodes.machine.sql import SqlGateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import Effect, Event, Fold, Query
     from bus_kv.protocol.batch import Batch
-    from bus_kv.protocol.requests import ScanRequest
+    from bus_kv.protocol.requests import PageRequest
     from bus_kv.subjects import Subjects
     from nodes.machine.replica import Respond
 
@@ -112,6 +120,7 @@ class NodeMachine:
         self.fold_stalled = ""
         """Why the state cannot take more at the moment."""
         self._gateway = Gateway(self, f"{config.run[1]}-g")
+        self.sql = SqlGateway(self)
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
         self._map_reader = MapReader(self)
@@ -189,7 +198,11 @@ class NodeMachine:
     @property
     def is_busy(self) -> bool:
         """Whether a client still waits for an answer that is on its way."""
-        return self._gateway.is_busy or any(r.is_waiting for r in self.replicas.values())
+        return (
+            self._gateway.is_busy
+            or self.sql.is_busy
+            or any(r.is_waiting for r in self.replicas.values())
+        )
 
     # ---- the machine ----
 
@@ -221,6 +234,7 @@ class NodeMachine:
                 self.beat()
         self._map_reader.on_deadline(now_ns)
         self._gateway.on_deadline(now_ns)
+        self.sql.on_deadline(now_ns)
         for replica in self.replicas.values():
             replica.on_deadline(now_ns)
 
@@ -228,6 +242,7 @@ class NodeMachine:
         candidates = [
             self._timers.next_ns(),
             self._gateway.next_deadline_ns(),
+            self.sql.next_deadline_ns(),
             self._map_reader.next_deadline_ns(),
         ]
         candidates += [replica.next_deadline_ns() for replica in self.replicas.values()]
@@ -323,6 +338,8 @@ class NodeMachine:
             request = parse_request(verb, fields, self.sizes)
         except BusKVError as error:
             return answer(error)
+        if isinstance(request, SqlRequest):
+            return self.sql.start(request, answer)
         if not isinstance(request, InfoRequest):
             return self._gateway.start(request, self.now_ns, answer)
         if verb == "map" and not request.cached:
@@ -343,24 +360,31 @@ class NodeMachine:
                     f"a batch has at most {self.sizes.batch} bytes; send less at once"
                 )
             if self.stalled and batch.kinds.count(GET) < len(batch):
-                raise ShardUnavailable(
-                    f"node {self.config.id} cannot write its log: {self.stalled}"
-                )
+                raise self._cannot_write()
         except BusKVError as refusal:
             return respond(refusal)
         self._operations += len(batch)
         return replica.submit(batch, raw, epoch, deadline_ns, respond)
 
-    def scan(
-        self, shard: str, request: ScanRequest, epoch: int,
+    def page(
+        self, shard: str, request: PageRequest, epoch: int, deadline_ns: int,
         respond: Callable[[dict[str, Any] | BusKVError], None],
     ) -> None:  # fmt: skip
-        """One page of a shard's part of a range."""
+        """A page of a shard's part of a range or of a key's history, or the deletion of one."""
         try:
             replica = self._serving_or_raise(shard)
         except BusKVError as refusal:
             return respond(refusal)
-        return replica.scans.scan(request, epoch, respond)
+        if isinstance(request, HistoryRequest):
+            return replica.history.read(request, epoch, respond)
+        if request.erase is None:
+            return replica.scans.scan(request, epoch, respond)
+        if self.stalled:
+            return respond(self._cannot_write())
+        return erase(replica, request, epoch, deadline_ns, respond)
+
+    def _cannot_write(self) -> BusKVError:
+        return ShardUnavailable(f"node {self.config.id} cannot write its log: {self.stalled}")
 
     def _serving_or_raise(self, shard: str) -> Replica:
         replica = self.serving(shard)
@@ -496,6 +520,12 @@ class NodeMachine:
         self._correlation += 1
         return self._correlation
 
+    def request_node(self, node: str, body: bytes) -> int:
+        correlation = self.next_correlation()
+        subject = self.config.subjects.node_inbox(node)
+        self._effects.append(Request(correlation, subject, body))
+        return correlation
+
     def request_shard(self, shard: str, body: bytes) -> int:
         correlation = self.next_correlation()
         subject = self.config.subjects.shard_request(shard)
@@ -504,7 +534,8 @@ class NodeMachine:
 
     def _on_response(self, correlation: int, body: bytes | None) -> None:
         if correlation != self._hello or body is None:
-            self._gateway.on_response(correlation, body)
+            if not self.sql.on_response(correlation, body):
+                self._gateway.on_response(correlation, body)
             return
         try:
             earlier = tuple(decode_cbor(body)["run"]) < self.config.run

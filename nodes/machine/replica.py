@@ -38,6 +38,7 @@ from bus_kv.protocol.shard_map import shard_to_document, token_of
 from bus_kv.protocol.sizes import OPERATION_BYTES
 from nodes.machine.dedup import DedupWindow, DiskRuns, Run
 from nodes.machine.folder import Folder
+from nodes.machine.history import History
 from nodes.machine.judge import Decision, Judge, data_bytes_added, logged_writes, read_reply
 from nodes.machine.key_filter import FilterBuilder
 from nodes.machine.lifetimes import COUNT_MAX, HORIZON_MS, Lifetimes
@@ -148,6 +149,7 @@ class Replica:
         self.folder = Folder(shard.id, shard.keyspace, mark, self.table, self.lifetimes, knobs, ask)
         self.loader = Loader(shard.id, self.table, ask)
         self.scans = Scans(self, ask, sizes.page)
+        self.history = History(self, ask, sizes.page)
         self._filter_builder = FilterBuilder(shard.id, self.table, ask)
         self._knobs, self._sizes, self._ask, self._now_ns = knobs, sizes, ask, clock
         self._dedup = DedupWindow(knobs, past.clients, mark.time_ms)

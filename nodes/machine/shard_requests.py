@@ -3,6 +3,7 @@
 {"epoch": 3, "batch": <encoded batch>}                      -> {"batch": {outcomes, epochs, seqs, …}}
 {"epoch": 3, "ops": [{"op": "put", …}], "request_id": …}    -> {"results": […]}
 {"epoch": 3, "scan": {start, end, limit, reverse, …}}       -> {"items": […], "next": position or null}
+{"epoch": 3, "history": {key, limit, before}}               -> {"key", "versions": […], "next": version or null}
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
 from bus_kv.protocol.requests import (
     parse_common,
     parse_operations,
+    parse_shard_history,
     parse_shard_scan,
     result_of,
 )  # fmt: skip
@@ -28,7 +30,17 @@ if TYPE_CHECKING:
 
     Answer: TypeAlias = Callable[[dict[str, Any] | BusKVError], None]
 
-_FIELDS = {"epoch", "batch", "ops", "scan", "consistency", "request_id", "keyspace", "atomic"}
+_FIELDS = {
+    "epoch",
+    "batch",
+    "ops",
+    "scan",
+    "history",
+    "consistency",
+    "request_id",
+    "keyspace",
+    "atomic",
+}
 
 
 class ShardRequests:
@@ -54,7 +66,11 @@ class ShardRequests:
         shard, epoch, node = message.name, fields["epoch"], self._node
         deadline_ns = node.now_ns + node.answer_within_ns
         if "scan" in fields:
-            return node.scan(shard, parse_shard_scan(fields["scan"]), epoch, answer)
+            scan = parse_shard_scan(fields["scan"])
+            return node.page(shard, scan, epoch, deadline_ns, answer)
+        if "history" in fields:
+            history = parse_shard_history(fields["history"])
+            return node.page(shard, history, epoch, deadline_ns, answer)
         if "batch" in fields:
             raw = fields["batch"]
             if type(raw) is not bytes:
@@ -75,8 +91,8 @@ class ShardRequests:
             raise MalformedRequest(f"a shard request has no field {unknown[0]!r}")
         if type(fields.get("epoch")) is not int:
             raise MalformedRequest("a shard request needs an epoch, a whole number")
-        if sum(name in fields for name in ("batch", "ops", "scan")) != 1:
-            raise MalformedRequest("a shard request needs one of ops, batch, scan")
+        if sum(name in fields for name in ("batch", "ops", "scan", "history")) != 1:
+            raise MalformedRequest("a shard request needs one of ops, batch, scan, history")
         parse_common(fields, "a shard request")
         return fields
 
