@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nodes.machine.loader import Ask
     from nodes.machine.table import Table
 
-BUILD_KEYS = 4096
+BUILD_KEYS = 1024
 """Keys of one step of building a filter: a step holds up requests for about a millisecond."""
 
 _BITS_PER_KEY = 16
@@ -72,7 +72,9 @@ class FilterBuilder:
         elif rows:
             position, keys = rows[0]
             filter.add(keys)
+            self._table.learn_keys(keys)
             self._step(filter, position)
         else:
             filter.complete = True
+            self._table.all_keys_learned()
             self._table.filter, self._table.next_filter = filter, None

@@ -523,7 +523,7 @@ class Replica:
     def _apply(self, segment: Segment) -> None:
         """Make a committed segment visible, and have it folded."""
         table = self.table
-        table.apply(segment.writes, segment.keys, segment.data_bytes)
+        table.apply(segment.writes, segment.logged, segment.keys, segment.data_bytes)
         self.lifetimes.add(segment.writes)
         end = Mark(segment.epoch, segment.last, segment.time_ms, table.keys, table.data_bytes)
         self.folder.add(segment.logged, end, segment.batch_bytes, self._now_ns())

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sortedcontainers import SortedList
 
 from nodes.machine.key_filter import KeyFilter
+from nodes.machine.key_order import KEY_BYTES, KeyOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from bus_kv.core.machine import Mark
+    from bus_kv.core.machine import LoggedBatch, Mark
 
 Record: TypeAlias = tuple[bytes, int, int, int | None]
 Writes: TypeAlias = dict[bytes, Record | None]
@@ -49,9 +50,11 @@ class Table:
         self.next_filter: KeyFilter | None = None
         """The one that is being built from the keys on disk."""
         self.cache_bytes_max = cache_bytes_max
+        self.order: KeyOrder | None = KeyOrder(complete=mark.last == 0)
+        """All keys in order; None when they are too many for memory."""
         self._young_bytes = 0
         self._order: SortedList[bytes] = SortedList()
-        """Unfolded keys in order, those of `_ordered`; the others wait until a scan needs them."""
+        """Without `order`: unfolded keys, those of `_ordered`; the others wait until a scan needs them."""
         self._ordered: set[bytes] = set()
         self._unordered: dict[bytes, None] = {}
 
@@ -67,7 +70,9 @@ class Table:
                 return record
         return UNKNOWN if self.filter.may_hold(key) else None
 
-    def apply(self, writes: Writes, keys: int, data_bytes: int) -> None:
+    def apply(
+        self, writes: Writes, logged: Sequence[LoggedBatch], keys: int, data_bytes: int
+    ) -> None:
         """Make the writes of one committed entry visible, all at once; `keys` and `data_bytes` say what they add."""
         self.keys += keys
         self.data_bytes += data_bytes
@@ -76,8 +81,29 @@ class Table:
         if self.next_filter is not None:
             self.next_filter.add(fresh)
         self.dirty.update(writes)
-        self._unordered.update(dict.fromkeys(writes))
+        self._keep_order(writes, logged)
         self.learn(writes)
+
+    def _keep_order(self, writes: Writes, logged: Sequence[LoggedBatch]) -> None:
+        order = self.order
+        if order is None or not order.complete:
+            self._unordered.update(dict.fromkeys(writes))
+        if order is not None:
+            for batch in logged:
+                order.follow(batch)
+            if len(order) > self.cache_bytes_max // KEY_BYTES:
+                self.order = None
+                self._order_unfolded()
+
+    def learn_keys(self, keys: Iterable[bytes]) -> None:
+        """Keys that are on disk, at the first pass over them."""
+        if self.order is not None and not self.order.complete:
+            self.order.learn(keys)
+
+    def all_keys_learned(self) -> None:
+        if self.order is not None and not self.order.complete:
+            self.order.finish()
+            self._order, self._ordered, self._unordered = SortedList(), set(), {}
 
     def learn(self, records: Writes) -> None:
         """Keep records that are committed, as long as there is room."""
@@ -103,8 +129,12 @@ class Table:
         """The fold is on disk: its records are no longer held for it."""
         self.frozen = {}
         self.folds += 1
+        if self.order is None or not self.order.complete:
+            self._order_unfolded()
+
+    def _order_unfolded(self) -> None:
         self._order, self._ordered = SortedList(), set()
-        self._unordered = dict.fromkeys(self.dirty)
+        self._unordered = dict.fromkeys([*self.dirty, *self.frozen])
 
     # ---- in order ----
 
@@ -112,15 +142,16 @@ class Table:
         """Keys of [start, end) that memory has and the disk may not, in order."""
         if end is not None and end <= start:
             return iter(())
+        if self.order is not None and self.order.complete:
+            dirty, frozen = self.dirty, self.frozen
+            keys = self.order.range(start, end, reverse)
+            return (key for key in keys if key in dirty or key in frozen)
         if self._unordered:
             fresh = [key for key in self._unordered if key not in self._ordered]
             self._order.update(fresh)
             self._ordered.update(fresh)
             self._unordered = {}
-        keys: Iterator[bytes] = self._order.irange(
-            start, end, inclusive=(True, False), reverse=reverse
-        )
-        return keys
+        return self._order.irange(start, end, inclusive=(True, False), reverse=reverse)
 
     def unfolded_record(self, key: bytes) -> Record | None:
         """The record of a key that `unfolded` told."""

@@ -257,6 +257,23 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.replica.scans.scan(request, self.replica.shard.epoch, answered)
         self.turn()
 
+    @rule(limit=st.integers(1, 2), reverse=st.booleans())
+    def scan_to_the_end(self, limit: int, reverse: bool) -> None:
+        """Page after page: later ones come from what was read ahead."""
+        request = ScanRequest("default", None, limit=limit, reverse=reverse)
+        found: list[bytes] = []
+        pages: list[dict[str, Any]] = [{"next": b""}]
+        while (position := pages[-1]["next"]) is not None:
+            if reverse and position:
+                request = replace(request, end=position)
+            elif position:
+                request = replace(request, start=position)
+            self.replica.scans.scan(request, self.replica.shard.epoch, pages.append)  # type: ignore[arg-type]
+            self.turn()
+            self.wait_for_the_disk()
+            found += [item["key"] for item in pages[-1]["items"]]
+        assert found == sorted(self.model, reverse=reverse)
+
     @rule(start=st.sampled_from([b"", b"b"]), end=st.sampled_from([None, b"d"]))
     def count(self, start: bytes, end: bytes | None) -> None:
         request = ScanRequest("default", None, start, end, count_only=True)

@@ -33,7 +33,7 @@ def test_after_a_start_every_key_may_be_on_disk() -> None:
 def test_what_is_not_folded_stays_however_small_the_cache() -> None:
     table = Table(Mark(), 0)
     for i in range(100):
-        table.apply(write(b"k%d" % i, seq=i + 1), 1, 0)
+        table.apply(write(b"k%d" % i, seq=i + 1), (), 1, 0)
     assert [table.get(b"k%d" % i)[2] for i in range(100)] == [*range(1, 101)]
 
 
@@ -41,7 +41,7 @@ def test_what_is_folded_leaves_a_cache_that_is_full() -> None:
     room_for_ten = 20 * (RECORD_BYTES + 30)
     table = Table(Mark(), room_for_ten)
     for i in range(100):
-        table.apply(write(b"k%d" % i, seq=i + 1), 1, 0)
+        table.apply(write(b"k%d" % i, seq=i + 1), (), 1, 0)
     table.freeze()
     table.folded()
     held = [i for i in range(100) if table.get(b"k%d" % i) is not UNKNOWN]
@@ -51,9 +51,9 @@ def test_what_is_folded_leaves_a_cache_that_is_full() -> None:
 
 def test_a_fold_under_way_and_newer_writes_of_the_same_key() -> None:
     table = Table(Mark(), 0)
-    table.apply(write(b"a", seq=1), 1, 0)
+    table.apply(write(b"a", seq=1), (), 1, 0)
     assert table.freeze() == write(b"a", seq=1)
-    table.apply(write(b"a", seq=2), 0, 0)
+    table.apply(write(b"a", seq=2), (), 0, 0)
     table.folded()
     assert table.get(b"a")[2] == 2
     assert table.freeze() == write(b"a", seq=2)
