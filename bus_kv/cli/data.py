@@ -30,7 +30,7 @@ class Level(StrEnum):
     ALL = "all"
 
 
-def _ttl_ms(text: str) -> int:
+def duration_ms(text: str) -> int:
     match = _TTL.fullmatch(text)
     if match is None:
         raise typer.BadParameter(f"{text!r} is no duration: write 500ms, 60s, 5m, 2h or 7d")
@@ -94,7 +94,9 @@ async def put(
     value: Annotated[str, typer.Argument(help="'-' reads it from stdin", show_default=False)],
     ttl: Annotated[
         Any,
-        typer.Option(parser=_ttl_ms, metavar="DURATION", help="lifetime: 500ms, 60s, 5m, 2h, 7d"),
+        typer.Option(
+            parser=duration_ms, metavar="DURATION", help="lifetime: 500ms, 60s, 5m, 2h, 7d"
+        ),
     ] = None,
     ttl_ms: Annotated[int | None, typer.Option(min=1, help="lifetime in milliseconds")] = None,
     if_absent: Annotated[

@@ -2,14 +2,15 @@
 
 Loads the Unicode character database, reads all of it back, scans a block, overwrites and deletes,
 then kills the primary in the middle of a stream of writes and proves that nothing acknowledged is
-lost. What the cluster must hold is kept beside it in a dict; every difference ends the demo with
-exit code 1.
+lost. At last it asks two questions in SQL and tells the history of a key. What the cluster must
+hold is kept beside it in a dict; every difference ends the demo with exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import sys
 import tempfile
@@ -141,6 +142,8 @@ async def _main_job(demo: Demo) -> None:
     await _change(demo)
     await _crash(demo)
     await _compare(demo, "read back and compared at the end")
+    await _ask_in_sql(demo)
+    await _history(demo)
     say("\nEverything is as it must be: nothing lost, nothing changed, nothing left over.")
 
 
@@ -283,6 +286,44 @@ async def _kill_and_restart(cluster: LocalCluster, primary: str, stream: _Stream
     await cluster.kill(primary)
     say(f"  {primary} killed after {stream.acknowledged:,} acknowledged writes; starting it again")
     await cluster.restart(primary)
+
+
+# ---- questions ----
+
+_CATEGORIES = """
+SELECT value_text->>'$.category' AS category, count(*) AS characters
+FROM kv GROUP BY ALL ORDER BY characters DESC LIMIT 5
+"""
+_OPERATIONS = """
+SELECT op, outcome, count(*) AS operations, count(DISTINCT key) AS keys
+FROM oplog GROUP BY ALL ORDER BY operations DESC
+"""
+
+
+async def _ask_in_sql(demo: Demo) -> None:
+    say("\nSQL over the data: the largest categories of characters")
+    await _answer(demo, _CATEGORIES)
+    say("\nSQL over the operation log: what was done")
+    await _answer(demo, _OPERATIONS)
+    count = (await demo.db.sql("SELECT count(*) FROM kv")).rows[0][0]
+    if count != len(demo.expected):
+        raise Mismatch(f"SQL counts {count} keys, not {len(demo.expected)}")
+
+
+async def _answer(demo: Demo, query: str) -> None:
+    result = await demo.db.sql(query)
+    print_table(result.columns, result.rows)
+
+
+async def _history(demo: Demo) -> None:
+    key = key_of(EMOTICONS.start)
+    say(f"\nThe history of {key.decode()}, newest first")
+    versions = [version async for version in demo.db.history(key)]
+    if not versions or versions[0].value != demo.expected[key]:
+        raise Mismatch(f"the history of {key.decode()} does not begin with its value")
+    for version in versions:
+        note = json.loads(version.value or b"{}").get("note", "")
+        say(f"  {version.op} at version {version.version} by request {version.request_id} {note}")
 
 
 def _print_account(demo: Demo) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from bus_kv.cli.cells import bytes_text, json_cell
 from bus_kv.cli.command import Call, ask, command
-from bus_kv.cli.data import _ttl_ms as duration_ms
+from bus_kv.cli.data import duration_ms as duration_ms
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.process import OK, unless_stopped
 

@@ -14,4 +14,6 @@ async def test_the_demo_proves_that_nothing_is_lost(tmp_path: Path):
     assert "Everything is as it must be" in ran.text
     assert "killed after" in ran.text
     assert "😀" in ran.text
+    assert "largest categories" in ran.text
+    assert "put at version" in ran.text
     assert [*tmp_path.iterdir()] == []
