@@ -31,7 +31,7 @@ from nodes.state_file import (
     set_aside,
 )
 from nodes.state_fold import FoldWriter
-from nodes.state_queries import WALK_IDLE_NS, Reader
+from nodes.state_queries import Reader
 from nodes.state_retention import Retention
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class StateStore:
         self._checkpoint_not_before_ns = 0
         self._retention_due_ns = 0
         self._writer = FoldWriter(self._file.cursor())
-        self._reader = Reader(self._file, self._clock.now_ns)
+        self._reader = Reader(self._file)
         self._folds: _Inbox[Fold] = _Inbox(FOLDS_MAX)
         self._queries: _Inbox[PointQuery] = _Inbox(QUERIES_MAX)
         self._sqls: _Inbox[Sql] = _Inbox(SQL_QUERIES_MAX)
@@ -289,7 +289,6 @@ class StateStore:
     def _attach_again(self) -> None:
         """Read the file anew. Queries that still run on the former attachment end by their own deadlines."""
         for _ in range(ATTACH_TRIES_MAX):
-            self._reader.end_walks()
             try:
                 return self._file.attach_again()
             except duckdb.ResourceInUseException:
@@ -304,7 +303,6 @@ class StateStore:
         now_ns = self._clock.now_ns()
         if now_ns >= self._retention_due_ns:
             self._retention_due_ns = now_ns + int(UPKEEP_INTERVAL_S * SECOND_NS)
-            self._reader.end_walks(WALK_IDLE_NS)
             self._keep_only()
         wal_bytes = self._file.wal_bytes()
         due = wal_bytes >= self._checkpoint_wal_bytes or now_ns >= self._checkpoint_due_ns
