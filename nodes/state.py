@@ -56,7 +56,7 @@ SQL_QUERIES_MAX = 16
 FOLDS_MAX = 1 << 16
 """A machine has one fold per shard under way, so there is always room for the next."""
 UPKEEP_INTERVAL_S = 60.0
-CHECKPOINT_RETRY_S = 10.0
+CHECKPOINT_RETRY_S = 1.0
 INTERRUPT_INTERVAL_S = 0.05
 ATTACH_TRIES_MAX = 150
 """Every STALL_RETRY_S: longer than a user's query may run and hold on to the file."""
