@@ -79,6 +79,9 @@ async def bench(
     data: Annotated[
         Path, typer.Option(help="where temporary data go: a disk, not memory")
     ] = Path(),
+    fold: Annotated[
+        bool, typer.Option("--fold", help="compare a node that folds with one that never does")
+    ] = False,
 ) -> int:
     """Measure puts, gets, put_many and scans: by one caller alone, and by many at once.
 
@@ -91,17 +94,46 @@ async def bench(
     - `bus-kv bench`
     - `bus-kv bench put --callers 64 --value-bytes 1000`
     - `bus-kv bench --distribution zipfian --json`
+    - `bus-kv bench --fold --seconds 1`
     """
     every = workload is Workload.ALL
     chosen = [w for w in Workload if w is not Workload.ALL] if every else [workload]
     plan = Plan(chosen, callers, keys, value_bytes, distribution, Timing(warmup, seconds))
     with _temporary(data) as folder:
+        if fold:
+            return await _bench_fold(call, plan, folder)
         async with _cluster(call, folder, nodes) as options:
             document = await _measure(call, plan, folder, options)
     if call.out.as_json:
         call.out.document(document)
     else:
         _print(call, document)
+    return OK
+
+
+async def _bench_fold(call: Call, plan: Plan, folder: Path) -> int:
+    from bus_kv.cli.fold_ratio import measure_fold
+    from bus_kv.cli.local_cluster import ClusterError
+
+    keys = [f"bench/{i:08d}".encode() for i in range(plan.keys)]
+    value = b"v" * plan.value_bytes
+    picked = [keys[i] for i in pick(plan.keys, plan.distribution, _SEED)]
+    pairs = [(w, callers) for w in plan.workloads for callers in plan.callers_of(w)[-1:]]
+
+    def run(db: Client, workload: Workload, callers: int) -> Awaitable[Result]:
+        return _run(db, workload, picked, keys, value, callers, plan.timing)
+
+    async def load(db: Client) -> None:
+        await _in_parts(keys, lambda part: db.put_many([(key, value) for key in part]))
+
+    try:
+        results = await measure_fold(folder, pairs, load, run, call.out.note)
+    except ClusterError as error:
+        raise CommandFailed("CLUSTER", str(error)) from None
+    if call.out.as_json:
+        call.out.document({"settings": _settings(plan, call), "fold": results})
+    else:
+        call.out.table([*results[0]], [[*result.values()] for result in results])
     return OK
 
 

@@ -27,6 +27,8 @@ class ReplicaReport:
     status: str
     last: tuple[int, int]
     commit_seq: int
+    folded: int
+    """Seq up to which the state on disk has it."""
     keys: int
     bytes: int
     operations: int
@@ -90,7 +92,7 @@ _HEARTBEAT: dict[str, tuple[type, ...]] = {
 }  # fmt: skip
 _REPORT: dict[str, tuple[type, ...]] = {
     "id": (str,), "epoch": (int,), "token": (str,), "status": (str,), "last": (list,),
-    "commit_seq": (int,), "keys": (int,), "bytes": (int,), "operations": (int,),
+    "commit_seq": (int,), "folded": (int,), "keys": (int,), "bytes": (int,), "operations": (int,),
 }  # fmt: skip
 
 

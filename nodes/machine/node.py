@@ -561,5 +561,5 @@ def _report(replica: Replica) -> ReplicaReport:
     table = replica.table
     return ReplicaReport(
         replica.shard.id, *replica.promised, str(replica.status), replica.last, replica.commit_seq,
-        table.keys, table.data_bytes, replica.operations,
+        replica.folder.mark.last, table.keys, table.data_bytes, replica.operations,
     )  # fmt: skip

@@ -105,5 +105,6 @@ def _shard_stats(shard: Shard, beats: dict[str, Heartbeat]) -> dict[str, Any]:
         "bytes": report and report.bytes,
         "last_seq": report and report.last[1],
         "commit_seq": report and report.commit_seq,
+        "folded_seq": report and report.folded,
         "operations": report and report.operations,
     }

@@ -293,6 +293,18 @@ async def test_bench_starts_a_private_cluster(nats_binary: Path, tmp_path: Path)
     assert [*tmp_path.iterdir()] == []
 
 
+async def test_bench_tells_what_the_fold_costs(nats_binary: Path, tmp_path: Path):
+    ran = await run_module(
+        *("bus_kv", *BENCH, "get", "--fold", "--json", "--data", str(tmp_path)),
+        env={"NATS_SERVER": str(nats_binary)},
+    )
+    assert ran.code == 0, ran.err
+    (row,) = ran.document()["fold"]
+    assert (row["workload"], row["callers"]) == ("get", 8)
+    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    assert [*tmp_path.iterdir()] == []
+
+
 # ---- up ----
 
 
