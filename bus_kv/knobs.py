@@ -59,6 +59,8 @@ class Knobs:
     """A forward without an answer for this long raises a suspicion on the bus."""
     answer_within_ms: int = 1500
     """A gateway or a primary answers within this, with OUTCOME_UNKNOWN if need be."""
+    page_within_ms: int = 3500
+    """A page of a scan or of a history comes within this: a cold one looks at every key of its shard."""
     sql_timeout_ms: int = 10_000
     """A query ends after this, with SQL_FAILED."""
     sql_rows_max: int = 100_000
@@ -77,7 +79,7 @@ class Knobs:
     """They go earlier once their batches have this many bytes."""
     unfolded_bytes_max: int = 128 << 20
     """Committed and not yet in the state, per shard; past it OVERLOADED at once."""
-    duckdb_memory_mb: int = 768
+    duckdb_memory_mb: int = 1024
     """What DuckDB may take: its index of the keys, and queries."""
     oplog_keep_s: float = 30 * 24 * 3600.0
     """How long the operation log is kept."""

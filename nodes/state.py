@@ -55,7 +55,14 @@ SQL_THREADS = 2
 SQL_QUERIES_MAX = 16
 FOLDS_MAX = 1 << 16
 """A machine has one fold per shard under way, so there is always room for the next."""
-UPKEEP_INTERVAL_S = 60.0
+RETENTION_INTERVAL_S = 60.0
+IDLE_S = 2.0
+"""How often the folding thread looks after the file when nothing is folded."""
+CHECKPOINT_PAUSE = 20
+"""A checkpoint is made again after so many times its own duration: it takes a twentieth of the time, and there is never
+much to replay after a crash, which DuckDB does slowly."""
+CHECKPOINT_BYTES_MIN = 1 << 20
+"""Less than this is replayed at once."""
 CHECKPOINT_RETRY_S = 1.0
 INTERRUPT_INTERVAL_S = 0.05
 ATTACH_TRIES_MAX = 150
@@ -118,6 +125,7 @@ class StateStore:
         self._checkpoint_interval_ns = int(checkpoint_interval_s * SECOND_NS)
         self._checkpoint_due_ns = self._clock.now_ns() + self._checkpoint_interval_ns
         self._checkpoint_not_before_ns = 0
+        self._checkpoint_again_ns = 0
         self._retention_due_ns = 0
         self._writer = FoldWriter(self._file.cursor())
         self._reader = Reader(self._file)
@@ -232,7 +240,7 @@ class StateStore:
     def _fold_all(self) -> None:
         try:
             while not self._closing.is_set():
-                fold = self._folds.take(UPKEEP_INTERVAL_S)
+                fold = self._folds.take(IDLE_S)
                 if fold is not None:
                     self._fold_until_done(fold)
                     self._on_event(Answered(fold.ticket))
@@ -302,10 +310,12 @@ class StateStore:
     def _look_after(self) -> None:
         now_ns = self._clock.now_ns()
         if now_ns >= self._retention_due_ns:
-            self._retention_due_ns = now_ns + int(UPKEEP_INTERVAL_S * SECOND_NS)
+            self._retention_due_ns = now_ns + int(RETENTION_INTERVAL_S * SECOND_NS)
             self._keep_only()
         wal_bytes = self._file.wal_bytes()
-        due = wal_bytes >= self._checkpoint_wal_bytes or now_ns >= self._checkpoint_due_ns
+        paused = wal_bytes >= CHECKPOINT_BYTES_MIN and now_ns >= self._checkpoint_again_ns
+        full = wal_bytes >= self._checkpoint_wal_bytes
+        due = full or paused or now_ns >= self._checkpoint_due_ns
         if due and wal_bytes and now_ns >= self._checkpoint_not_before_ns:
             self._checkpoint()
 
@@ -332,8 +342,9 @@ class StateStore:
         else:
             ended_ns = self._clock.now_ns()
             took_ms = (ended_ns - began_ns) // MILLISECOND_NS
-            log.info("checkpoint of %d bytes took %d ms", wal_bytes, took_ms)
+            log.info("checkpoint of %d bytes took %d ms; folds waited", wal_bytes, took_ms)
             self._checkpoint_due_ns = ended_ns + self._checkpoint_interval_ns
+            self._checkpoint_again_ns = ended_ns + CHECKPOINT_PAUSE * (ended_ns - began_ns)
             return
         self._checkpoint_not_before_ns = self._clock.now_ns() + int(CHECKPOINT_RETRY_S * SECOND_NS)
 

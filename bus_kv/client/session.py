@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
     Done: TypeAlias = Callable[[Sequence[Any], Sequence[Outcome]], None]
 
+SLOW_VERBS = ("history", "scan", "sql")
 WRITING_VERBS = ("put", "delete", "batch")
 _by_number = attrgetter("number")
 _IS_FOUND = bytes(o in (b.REPLACED, b.DELETED, b.FOUND) for o in range(256))
@@ -175,11 +176,19 @@ class Session:
             refusal = ValueTooLarge(f"a request has at most {self._sizes.message} bytes; send less")
             return self._done((token,), (refusal,))
         self._pending += 1
-        timeout_ns, attempt_ns = self._timeout_ns, self._knobs.client_attempt_ms * MILLISECOND_NS
-        if verb == "sql":
-            # A query may take its time, and asking again would only add to the work.
-            timeout_ns = attempt_ns = (self._knobs.sql_timeout_ms + 3000) * MILLISECOND_NS
+        attempt_ns, timeout_ns = self._patience_ns(verb)
         return self._send_call(_Call(verb, body, token, now_ns + timeout_ns, attempt_ns), now_ns)
+
+    def _patience_ns(self, verb: str) -> tuple[int, int]:
+        """How long an attempt, and all of them, may take. Asking again what takes its time only adds to the work."""
+        knobs = self._knobs
+        if verb == "sql":
+            query_ns = (knobs.sql_timeout_ms + 3000) * MILLISECOND_NS
+            return query_ns, query_ns
+        if verb in SLOW_VERBS:
+            page_ns = (knobs.page_within_ms + 500) * MILLISECOND_NS
+            return page_ns, max(self._timeout_ns, 2 * page_ns)
+        return knobs.client_attempt_ms * MILLISECOND_NS, self._timeout_ns
 
     def fetch_routes(self, now_ns: int) -> None:
         """Read the shard map, unless that is under way."""
@@ -463,7 +472,7 @@ class Session:
 
     def _send_call(self, call: _Call, now_ns: int) -> None:
         call.give_up_ns = now_ns + call.attempt_ns
-        sent = self._queries if call.verb == "sql" else self._calls
+        sent = self._queries if call.verb in SLOW_VERBS else self._calls
         sent[self._request(self._subjects.verb(call.verb), call.body)] = call
 
     def _on_call_silence(self, call: _Call, now_ns: int) -> None:

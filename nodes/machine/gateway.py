@@ -107,6 +107,7 @@ class Gateway:
             request.consistency = keyspace.consistency
         call = Call(request, now_ns + self._node.answer_within_ns, answer)
         if not isinstance(request, DataRequest):
+            call.deadline_ns = now_ns + self._knobs.page_within_ms * MILLISECOND_NS
             if isinstance(request, ScanRequest) and request.erase == ("", 0):
                 request.erase = self._next_id()
             call.missing = 1
