@@ -71,10 +71,12 @@ class Knobs:
     """Logged batches per shard whose outcomes are in memory; older ones of the window are looked up on disk."""
     dedup_clients_max: int = 100_000
     """Clients whose last request number is remembered after the window has passed."""
-    cache_mb: int = 256
-    """Bound of the values that a shard's cache holds in memory; what is older is read from disk."""
+    cache_bytes: int = 256 << 20
+    """Bound of what a node's cache holds in memory (`--cache-mb`); what is older is read from disk."""
     fold_interval_ms: int = 2000
     """Committed operations go to disk at least this often."""
+    reads_first_ms: int = 1000
+    """After a fold made a read from disk repeat itself, the next one waits this long for it."""
     fold_bytes: int = 16 << 20
     """They go earlier once their batches have this many bytes."""
     unfolded_bytes_max: int = 128 << 20

@@ -46,7 +46,7 @@ def main() -> int:
         connection = connection_of(arguments, os.environ, f"bus_kv node {arguments.id}")
         knobs = knobs_of(arguments)
         if arguments.cache_mb is not None:
-            knobs = replace(knobs, cache_mb=arguments.cache_mb)
+            knobs = replace(knobs, cache_bytes=arguments.cache_mb << 20)
         options = NodeOptions(
             arguments.id, arguments.data, connection, knobs, arguments.zone, arguments.weight,
             arguments.rebuild,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import bus_kv
 from bus_kv.core.machine import AppendCompleted, Halt, Mark
 from bus_kv.errors import MalformedRequest
+from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.requests import VERBS
 from bus_kv.protocol.sizes import MAX_PAYLOAD_BYTES_MIN
 from bus_kv.runtime.clock import Clock
@@ -24,6 +25,7 @@ from nodes.log import DiskError, NodeLog
 from nodes.machine.node import NodeConfig, NodeMachine
 from nodes.machine.replica import Past
 from nodes.state import StateStore, set_aside
+from nodes.state_file import STATE_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,23 +56,40 @@ async def serve_node(options: NodeOptions, stop: asyncio.Event) -> int:
         try:
             node_log = NodeLog(options.data, options.id)
             stack.push_async_callback(asyncio.to_thread, node_log.close)
-            state = _open_state(options, node_log.incarnation)
+            state = _open_state(options, node_log)
             stack.push_async_callback(asyncio.to_thread, state.close)
         except DiskError as error:
             raise ProcessError(str(error)) from None
         return await NodeHost(options, node_log, state).run(stop)
 
 
-def _open_state(options: NodeOptions, incarnation: str) -> StateStore:
+def _open_state(options: NodeOptions, node_log: NodeLog) -> StateStore:
     if options.rebuild:
+        for row in node_log.replicas():
+            # Before the state is set aside: it may be whole, and all that there is.
+            _check_start(node_log, row.shard, Mark())
         aside = set_aside(options.data)
         log.warning("the state is built again; the former one is %s", aside or "not there")
     knobs = options.knobs
     return StateStore(
-        options.data, incarnation, memory_mb=knobs.duckdb_memory_mb,
+        options.data, node_log.incarnation, memory_mb=knobs.duckdb_memory_mb,
         oplog_keep_s=knobs.oplog_keep_s, oplog_keep_bytes=knobs.oplog_keep_mb << 20,
         dedup_window_ms=knobs.dedup_window_ms, clients_max=knobs.dedup_clients_max,
     )  # fmt: skip
+
+
+def _check_start(node_log: NodeLog, shard: str, mark: Mark) -> None:
+    """The log has to begin where the state ends, or before. Raises DiskError."""
+    entry = next(node_log.entries(shard, after=mark.last), None)
+    start = mark.last if entry is None else decode_entry(entry.body).previous[1]
+    if start != mark.last:
+        had = f"the state has it up to {mark.last}" if mark.last else "a new state has nothing"
+        raise DiskError(
+            f"the log {node_log.path} has shard {shard} after seq {start} only, and {had}: what is "
+            f"between is in neither; put the right {STATE_NAME} beside it (one that was set aside "
+            f"is called {STATE_NAME}.<n>.damaged), or move the data directory away and start the "
+            "node with an empty one"
+        )
 
 
 class NodeHost:
@@ -161,6 +180,7 @@ class NodeHost:
                 f"the log {self._log.path} ends at {self._log.end(shard)} of shard {shard}, before the "
                 f"state, which has it up to {mark.last}: it is an older copy; put the right one back"
             )
+        _check_start(self._log, shard, mark)
 
     async def _listen(self) -> None:
         id, driver, subjects = self._options.id, self._driver, self._subjects

@@ -220,12 +220,12 @@ class NodeLog:
                 return None
             try:
                 self._commit_until_done(group)
+                self._on_event(AppendCompleted(group[-1].ticket))
+                self._trim_some(sum(len(append.entries) for append in group))
             except DiskError as error:
                 return self._on_failure(error)
             except Exception as error:  # whatever it is, nobody may wait for this thread in vain
                 return self._on_failure(DiskError(f"the log {self.path} failed: {error!r}"))
-            self._on_event(AppendCompleted(group[-1].ticket))
-            self._trim_some(sum(len(append.entries) for append in group))
 
     def _commit_until_done(self, group: list[Append]) -> None:
         while True:
@@ -250,8 +250,11 @@ class NodeLog:
                     "WHERE shard = ?1 AND last <= ?2 ORDER BY last LIMIT ?3)",
                     (shard, last, count),
                 ).rowcount
-            except sqlite3.Error:
-                return  # a full disk: when there is space again
+            except sqlite3.Error as error:
+                problem = _explain(self.path, error)
+                if isinstance(problem, DiskFull):
+                    return  # when there is space again
+                raise problem from None
             if deleted < count and self._trims[shard] == last:
                 del self._trims[shard]
 

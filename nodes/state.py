@@ -131,7 +131,7 @@ class StateStore:
         self._reader = Reader(self._file)
         self._folds: _Inbox[Fold] = _Inbox(FOLDS_MAX)
         self._queries: _Inbox[PointQuery] = _Inbox(QUERIES_MAX)
-        self._sqls: _Inbox[Sql] = _Inbox(SQL_QUERIES_MAX)
+        self._sqls: _Inbox[tuple[int, Sql]] = _Inbox(SQL_QUERIES_MAX)
         self._sql_cursors: set[DuckDBPyConnection] = set()
         self._closing = threading.Event()
         self._on_event: OnEvent
@@ -173,7 +173,7 @@ class StateStore:
         if isinstance(effect, Fold):
             taken = self._folds.offer(effect)
         elif isinstance(effect, Sql):
-            taken = self._sqls.offer(effect)
+            taken = self._sqls.offer((self._clock.now_ns(), effect))
         else:
             taken = self._queries.offer(effect)
         if not taken and not self._closing.is_set():
@@ -209,7 +209,13 @@ class StateStore:
             self._on_event(self._answer(query, self._reader.answer))
 
     def _answer_sqls(self) -> None:
-        while (query := self._sqls.take()) is not None:
+        while (item := self._sqls.take()) is not None:
+            offered_ns, query = item
+            if self._clock.now_ns() - offered_ns > query.timeout_ms * MILLISECOND_NS:
+                # Whoever asked has been told that it took too long.
+                busy = "SQL_FAILED: too many queries at once; send it again later"
+                self._on_event(Answered(query.ticket, failure=busy))
+                continue
             self._on_event(self._answer(query, self._run_sql))
 
     def _answer(self, query: Any, read: Callable[[Any], list[Any]]) -> Answered:
@@ -231,6 +237,11 @@ class StateStore:
         self._sql_cursors.add(cursor)
         try:
             return run_query(cursor, query)
+        except SqlRefused as refused:
+            cause = refused.__context__
+            if isinstance(cause, duckdb.Error) and is_corruption(cause):
+                raise cause from None
+            raise
         finally:
             self._sql_cursors.discard(cursor)
             cursor.close()

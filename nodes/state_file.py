@@ -126,8 +126,6 @@ class StateFile:
                 "max_temp_directory_size": TEMPORARY_SIZE_MAX,
                 "checkpoint_threshold": "1TB",
                 "preserve_insertion_order": False,
-                # Packing text harder makes a checkpoint many times as expensive.
-                "disabled_compression_methods": "fsst,dict_fsst,zstd",
                 "autoload_known_extensions": False,
                 "autoinstall_known_extensions": False,
                 "allow_community_extensions": False,
@@ -135,6 +133,8 @@ class StateFile:
             },
         )
         try:
+            # Packing text harder makes a checkpoint many times as expensive. (As configuration it has no effect.)
+            instance.execute("SET disabled_compression_methods = 'fsst,dict_fsst,zstd'")
             paths = [str(self.path), *(f"{self.path}{suffix}" for suffix in WAL_SUFFIXES)]
             instance.execute(f"SET allowed_paths = [{', '.join(map(_quoted, paths))}]")
             instance.execute(self._attach_statement)

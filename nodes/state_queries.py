@@ -227,15 +227,17 @@ class Reader:
     # ---- what was asked and done ----
 
     def _requests_of(self, query: RequestsOf) -> list[Any]:
-        floors = self._fetch(
-            "SELECT max(floor) FROM state.clients WHERE shard = ? AND client = ?",
-            [query.shard, query.client],
-        )
-        rows = self._fetch(
-            "SELECT numbers, indexes, outcomes, epoch, first_seq, time_ms FROM state.requests "
-            "WHERE last >= ? AND first <= ? AND client = ? AND shard = ?",
-            [query.first, query.last, query.client, query.shard],
-        )
+        """In one snapshot: what leaves the one table has entered the other."""
+        with self._snapshot():
+            floors = self._fetch(
+                "SELECT max(floor) FROM state.clients WHERE shard = ? AND client = ?",
+                [query.shard, query.client],
+            )
+            rows = self._fetch(
+                "SELECT numbers, indexes, outcomes, epoch, first_seq, time_ms FROM state.requests "
+                "WHERE last >= ? AND first <= ? AND client = ? AND shard = ?",
+                [query.first, query.last, query.client, query.shard],
+            )
         floor = floors[0][0]
         return [-1 if floor is None else floor, *map(_run, rows)]
 

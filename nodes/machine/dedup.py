@@ -67,15 +67,17 @@ class DiskRuns:
 
     floor: int
     runs: list[Run]
+    folds: int
+    """How many folds had ended when it was read: runs that the next one took out of memory may be missing."""
 
     def find(self, number: int, index: int) -> tuple[Version, int] | None:
         return next(filter(None, [run.find(number, index) for run in self.runs]), None)
 
 
-def disk_runs(rows: list[Any]) -> DiskRuns:
+def disk_runs(rows: list[Any], folds: int) -> DiskRuns:
     """Read the answer to `RequestsOf`."""
     floor, *runs = rows
-    return DiskRuns(floor, [Run(*run) for run in runs])
+    return DiskRuns(floor, [Run(*run) for run in runs], folds)
 
 
 class DedupWindow:

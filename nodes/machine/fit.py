@@ -12,8 +12,10 @@ from bus_kv.protocol.requests import cursor_before
 def encode_fitting(codec: Codec, result: dict[str, Any], bytes_max: int) -> bytes | None:
     """The encoded reply, cut down if need be; None when even its least form is too big."""
     while len(body := encode_body(codec, result)) > bytes_max:
-        if "cursor" in result and len(result["items"]) > 1:
+        if "cursor" in result and len(result.get("items", ())) > 1:
             result = _half_page(result)
+        elif len(result.get("versions", ())) > 1:
+            result = _half_history(result)
         elif not _leave_out_a_value(result, codec):
             return None
     return body
@@ -24,6 +26,12 @@ def _half_page(page: dict[str, Any]) -> dict[str, Any]:
     next_key = page["items"][len(kept)]["key"]
     reverse = next_key < kept[-1]["key"]
     return {"items": kept, "cursor": cursor_before(kept[-1]["key"], next_key, reverse)}
+
+
+def _half_history(page: dict[str, Any]) -> dict[str, Any]:
+    kept = page["versions"][: len(page["versions"]) // 2]
+    epoch, seq = kept[-1]["version"]
+    return {**page, "versions": kept, "cursor": f"{epoch}.{seq}"}
 
 
 def _leave_out_a_value(result: dict[str, Any], codec: Codec) -> bool:

@@ -37,6 +37,7 @@ class Folder:
         self._since_ns: int | None = None
         """When the first of what waits was committed."""
         self._busy = False
+        self._hold_ns = 0
         self._barriers: list[tuple[int, Callable[[], None]]] = []
         self._kept: deque[tuple[int, int]] = deque()
         """(last seq, bytes) of entries that the log still has, oldest first."""
@@ -67,13 +68,20 @@ class Folder:
         """When a fold is due by age."""
         if self._since_ns is None or self._busy:
             return None
-        return self._since_ns + self._knobs.fold_interval_ms * MILLISECOND_NS
+        due_ns = self._since_ns + self._knobs.fold_interval_ms * MILLISECOND_NS
+        return max(due_ns, self._hold_ns)
 
     def fold_if_due(self, now_ns: int) -> None:
+        """Fold by age or size. After a fold made a read repeat itself that read comes first, while there is room."""
+        if self._table.reads_repeated:
+            self._table.reads_repeated = False
+            self._hold_ns = now_ns + self._knobs.reads_first_ms * MILLISECOND_NS
         due_ns = self.next_ns()
         if due_ns is None:
             return
-        if self._barriers or now_ns >= due_ns or self.bytes >= self._knobs.fold_bytes:
+        held = now_ns < self._hold_ns and self.bytes < self._knobs.unfolded_bytes_max // 2
+        due = now_ns >= due_ns or self.bytes >= self._knobs.fold_bytes
+        if self._barriers or (due and not held):
             self._fold()
 
     def _fold(self) -> None:

@@ -314,6 +314,10 @@ class Gateway:
     def _finish_page(self, part: _Part, page: dict[str, Any], position: bytes | None) -> None:
         request = part.call.request
         assert isinstance(request, ScanRequest)
+        if request.erase and not page["deleted"] and position is not None:
+            # Nothing is left in this shard: the next one.
+            request.start = position
+            return self._route(part, self._node.now_ns)
         if request.erase:
             page = {"results": [{**page, "more": position is not None}]}
         else:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     Respond = Callable[[dict[str, Any] | BusKVError], None]
 
 
+VERSION_BYTES = 200
+"""What a version takes in a reply beside its value, in either codec."""
+
+
 class History:
     def __init__(self, replica: Replica, ask: Callable[[Any, Any], None], page_bytes: int) -> None:
         self._replica, self._ask, self._page_bytes = replica, ask, page_bytes
@@ -46,12 +50,22 @@ class History:
             return respond(refusal)
         sizes = sum([len(row[3] or b"") for row in rows])
         goes_on = len(rows) >= request.limit or sizes >= self._page_bytes
+        shown = rows[: self._fitting(rows)]
         page = {
             "key": request.key,
-            "versions": [*map(_version, rows)],
-            "next": [*rows[-1][:2]] if goes_on else None,
+            "versions": [*map(_version, shown)],
+            "next": [*shown[-1][:2]] if goes_on or len(shown) < len(rows) else None,
         }
         return respond(page)
+
+    def _fitting(self, rows: list[Any]) -> int:
+        """How many versions one reply takes; at least one."""
+        room = self._page_bytes
+        for i, row in enumerate(rows):
+            room -= len(row[3] or b"") + VERSION_BYTES
+            if room < 0 and i:
+                return i
+        return len(rows)
 
 
 def _version(row: tuple[Any, ...]) -> dict[str, Any]:

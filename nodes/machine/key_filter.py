@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BUILD_KEYS = 1024
 """Keys of one step of building a filter: a step holds up requests for about a millisecond."""
 
+RETRY_NS = 1_000_000_000
 _BITS_PER_KEY = 16
 _KEYS_MIN = 1 << 12
 
@@ -53,11 +54,15 @@ class FilterBuilder:
 
     def __init__(self, shard: str, table: Table, ask: Ask) -> None:
         self._shard, self._table, self._ask = shard, table, ask
+        self._now_ns = self._not_before_ns = 0
 
-    def build_if_needed(self) -> None:
+    def build_if_needed(self, now_ns: int) -> None:
         table = self._table
+        self._now_ns = now_ns
         too_small = table.keys > table.filter.keys_max
-        if table.next_filter is None and (too_small or not table.filter.complete):
+        if now_ns < self._not_before_ns or table.next_filter is not None:
+            return
+        if too_small or not table.filter.complete:
             table.next_filter = KeyFilter(4 * table.keys, complete=False)
             table.next_filter.add([*table.dirty, *table.frozen])
             self._step(table.next_filter, 0)
@@ -69,6 +74,7 @@ class FilterBuilder:
     def _on_keys(self, filter: KeyFilter, rows: list[Any], failure: str | None) -> None:
         if failure is not None:
             self._table.next_filter = None
+            self._not_before_ns = self._now_ns + RETRY_NS
         elif rows:
             position, keys = rows[0]
             filter.add(keys)

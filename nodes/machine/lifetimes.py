@@ -23,7 +23,8 @@ class Lifetimes:
         self.horizon_ms = 2**62 if all_known else 0
         """Every lifetime that ends up to here is in memory."""
         self._heap: list[tuple[int, bytes, int]] = []
-        self._not_before_ms = 0
+        self._ask_ms = self.horizon_ms - HORIZON_MS // 2
+        """When to ask the disk for more."""
         self.asked_until_ms = 0
         """Up to where the disk is being asked at the moment; 0 when it is not."""
 
@@ -36,7 +37,7 @@ class Lifetimes:
         """When something is to be done: a lifetime ends, or the disk has to be asked for more."""
         ends = [self._heap[0][0]] if self._heap else []
         if self.horizon_ms < 2**62 and not self.asked_until_ms:
-            ends.append(max(self.horizon_ms - HORIZON_MS // 2, self._not_before_ms))
+            ends.append(self._ask_ms)
         return min(ends, default=None)
 
     def pop_ended(self, time_ms: int, count_max: int) -> dict[bytes, int]:
@@ -59,22 +60,27 @@ class Lifetimes:
         """
         if self.horizon_ms == 2**62:
             self.horizon_ms = time_ms + HORIZON_MS
+            self._ask_ms = time_ms + HORIZON_MS // 2
         kept_ms = max(self.horizon_ms, self.asked_until_ms)
         self._heap = [item for item in self._heap if item[0] <= kept_ms]
         heapq.heapify(self._heap)
 
     def needs_more(self, time_ms: int) -> bool:
-        due_ms = max(self.horizon_ms - HORIZON_MS // 2, self._not_before_ms)
-        return not self.asked_until_ms and due_ms <= time_ms
+        return not self.asked_until_ms and self._ask_ms <= time_ms
 
     def ask_later(self, time_ms: int) -> None:
         """The disk gave no answer."""
         self.asked_until_ms = 0
-        self._not_before_ms = time_ms + RETRY_MS
+        self._ask_ms = time_ms + RETRY_MS
 
-    def extend(self, rows: Sequence[tuple[int, bytes, int]], limit: int) -> None:
+    def extend(self, rows: Sequence[tuple[int, bytes, int]], limit: int, time_ms: int) -> None:
         """Lifetimes that the disk knows up to what was asked for, the first `limit` of them."""
-        for row in rows:
-            heapq.heappush(self._heap, (row[0], row[1], row[2]))
-        self.horizon_ms = self.asked_until_ms if len(rows) < limit else rows[-1][0]
+        self._heap = [*{*self._heap, *[(ends, key, seq) for ends, key, seq in rows]}]
+        heapq.heapify(self._heap)
+        if len(rows) < limit:
+            self.horizon_ms = self.asked_until_ms
+            self._ask_ms = self.horizon_ms - HORIZON_MS // 2
+        else:
+            self.horizon_ms = rows[-1][0]
+            self._ask_ms = max(self.horizon_ms - RETRY_MS, time_ms + RETRY_MS)
         self.asked_until_ms = 0

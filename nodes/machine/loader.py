@@ -38,6 +38,7 @@ LOOKUP_BYTES_MAX = 32 << 20
 class _Want:
     keys: dict[bytes, None]
     resume: Resume
+    is_open: Callable[[], bool]
 
 
 class Loader:
@@ -46,12 +47,18 @@ class Loader:
         self._wants: list[_Want] = []
         self._busy = False
 
-    def want(self, keys: Iterable[bytes], resume: Resume) -> None:
-        self._wants.append(_Want(dict.fromkeys(keys), resume))
+    def want(
+        self, keys: Iterable[bytes], resume: Resume, is_open: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Fetch these records; not if nobody waits for them any more when their turn comes (`is_open`)."""
+        self._wants.append(_Want(dict.fromkeys(keys), resume, is_open))
 
     def take_wanted(self) -> None:
         """At the end of a turn: ask for what was missed in it."""
-        if self._busy or not self._wants:
+        if self._busy:
+            return
+        self._wants = [want for want in self._wants if want.is_open()]
+        if not self._wants:
             return
         taken, keys = self._cut()
         self._busy = True
@@ -78,6 +85,7 @@ class Loader:
         self._busy = False
         if failure is None and folds != self._table.folds:
             self._wants = taken + self._wants
+            self._table.reads_repeated = True
             return
         if failure is not None:
             for want in taken:
@@ -89,8 +97,13 @@ class Loader:
             self._table.learn({k: r for k, r in records.items() if self._table.get(k) is UNKNOWN})
             want.resume(records)
 
-    def requests_of(self, batch: Batch, resume: Callable[[DiskRuns | str], None]) -> None:
+    def requests_of(
+        self, batch: Batch, resume: Callable[[DiskRuns | str], None],
+        is_open: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
         """What the disk knows about requests like these (R6)."""
+        if not is_open():
+            return
         query = RequestsOf(0, self._shard, batch.client, batch.numbers[0], batch.numbers[-1])
         self._ask(query, partial(self._on_requests, batch, resume, self._table.folds))
 
@@ -99,8 +112,9 @@ class Loader:
         failure: str | None,
     ) -> None:  # fmt: skip
         if failure is None and folds != self._table.folds:
+            self._table.reads_repeated = True
             return self.requests_of(batch, resume)
-        return resume(failure or disk_runs(rows))
+        return resume(failure or disk_runs(rows, folds))
 
     def fail(self, reason: str) -> None:
         """Nobody will be answered from here any more."""

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.core.deadlines import Deadlines
 from bus_kv.core.endpoints import Endpoint
 from bus_kv.core.machine import (
     Answered,
@@ -124,6 +125,7 @@ class NodeMachine:
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
         self._map_reader = MapReader(self)
+        self._pages: Deadlines[dict[str, Any] | BusKVError] = Deadlines()
         self._running = False
         self._operations = 0
         """Taken on since the last Ready."""
@@ -156,7 +158,7 @@ class NodeMachine:
         )  # fmt: skip
         self.replicas[shard.id] = replica
         for held in self.replicas.values():
-            held.table.cache_bytes_max = (self.knobs.cache_mb << 20) // len(self.replicas)
+            held.table.cache_bytes_max = self.knobs.cache_bytes // len(self.replicas)
         return replica
 
     def ask(self, query: Query | Fold, then: Callable[[list[Any], str | None], None]) -> None:
@@ -201,6 +203,7 @@ class NodeMachine:
         return (
             self._gateway.is_busy
             or self.sql.is_busy
+            or len(self._pages) > 0
             or any(r.is_waiting for r in self.replicas.values())
         )
 
@@ -235,6 +238,7 @@ class NodeMachine:
         self._map_reader.on_deadline(now_ns)
         self._gateway.on_deadline(now_ns)
         self.sql.on_deadline(now_ns)
+        self._pages.expire(now_ns)
         for replica in self.replicas.values():
             replica.on_deadline(now_ns)
 
@@ -243,6 +247,7 @@ class NodeMachine:
             self._timers.next_ns(),
             self._gateway.next_deadline_ns(),
             self.sql.next_deadline_ns(),
+            self._pages.next_ns(),
             self._map_reader.next_deadline_ns(),
         ]
         candidates += [replica.next_deadline_ns() for replica in self.replicas.values()]
@@ -375,6 +380,12 @@ class NodeMachine:
             replica = self._serving_or_raise(shard)
         except BusKVError as refusal:
             return respond(refusal)
+        if len(self._pages) >= self.knobs.calls_max:
+            return respond(Overloaded("this node has too many pages under way; send it again"))
+        if self.fold_stalled and (isinstance(request, HistoryRequest) or request.count_only):
+            return respond(self.cannot_fold())
+        late = ShardUnavailable(f"the disk of shard {shard} takes too long; send it again")
+        respond = self._pages.guard(deadline_ns, respond, late)
         if isinstance(request, HistoryRequest):
             return replica.history.read(request, epoch, respond)
         if request.erase is None:
@@ -382,6 +393,10 @@ class NodeMachine:
         if self.stalled:
             return respond(self._cannot_write())
         return erase(replica, request, epoch, deadline_ns, respond)
+
+    def cannot_fold(self) -> BusKVError:
+        reason = f"node {self.config.id} cannot write its state: {self.fold_stalled}"
+        return ShardUnavailable(f"{reason}; send it again")
 
     def _cannot_write(self) -> BusKVError:
         return ShardUnavailable(f"node {self.config.id} cannot write its log: {self.stalled}")

@@ -16,7 +16,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.core.machine import EntryRow, Expiring, LoggedBatch, Mark, ReplicaRow
@@ -139,7 +138,7 @@ class Replica:
         """(epoch, seq) of the end of the log, appended or still in memory."""
         self.commit_seq = mark.last
         self.time_ms = mark.time_ms
-        self.table = Table(mark, knobs.cache_mb << 20)
+        self.table = Table(mark, knobs.cache_bytes)
         self.tail: deque[Segment] = deque()
         self.members_for_all = 1
         """min(replication_factor, nodes of the map): how many members ALL takes (R4)."""
@@ -158,6 +157,8 @@ class Replica:
         self._parked: dict[int, tuple[int, Respond]] = {}
         """Deadline and answer of requests that wait for the disk."""
         self._parks = 0
+        self.erasing: dict[tuple[str, int], list[Callable[[Any], None]]] = {}
+        """Who waits for the result of which delete_prefix."""
         self._loaded: Writes = {}
         """Records from disk for the request that is resumed just now."""
 
@@ -245,6 +246,10 @@ class Replica:
         if refusal is not None:
             return respond(refusal)
         again = partial(self._resume, batch, raw, epoch, deadline_ns, respond)
+        if reads and len(self._parked) > self._knobs.calls_max:
+            return respond(Overloaded(f"shard {self.shard.id} has too many reads under way"))
+        if disk is not None and disk.folds != self.table.folds:
+            disk = None
         if not reads and disk is None and self._dedup.needs_disk(batch):
             return self._park(deadline_ns, respond, partial(self.loader.requests_of, batch), again)
         records = self._committed(batch.keys) if reads else [*map(self.latest, batch.keys)]
@@ -267,13 +272,14 @@ class Replica:
         return self._answer_at_end(decision.reply, deadline_ns, respond)
 
     def _park(
-        self, deadline_ns: int, respond: Respond, fetch: Callable[[Any], None],
+        self, deadline_ns: int, respond: Respond, fetch: Callable[[Any, Callable[[], bool]], None],
         again: Callable[[int, Any], None],
     ) -> None:  # fmt: skip
         """Let a request wait for the disk; it is judged when it comes back, as if it had arrived then."""
         self._parks += 1
         self._parked[self._parks] = (deadline_ns, respond)
-        fetch(partial(again, self._parks))
+        park = self._parks
+        fetch(partial(again, park), lambda: park in self._parked)
 
     def _resume(
         self, batch: Batch, raw: bytes, epoch: int, deadline_ns: int, respond: Respond, park: int,
@@ -487,7 +493,7 @@ class Replica:
 
     def _on_lifetimes(self, rows: list[Any], failure: str | None) -> None:
         if failure is None:
-            return self.lifetimes.extend(rows, COUNT_MAX)
+            return self.lifetimes.extend(rows, COUNT_MAX, self._now_ns() // 1_000_000)
         return self.lifetimes.ask_later(self._now_ns() // 1_000_000)
 
     def take_entries(self) -> list[EntryRow]:
@@ -533,14 +539,14 @@ class Replica:
         self.loader.take_wanted()
         self.folder.fold_if_due(self._now_ns())
         if self.status is Status.ACTIVE:
-            self._filter_builder.build_if_needed()
+            self._filter_builder.build_if_needed(self._now_ns())
         self._dedup.leave_to_disk(self.folder.mark.last)
         self._dedup.forget_idle(self.time_ms)
         return self.folder.trim()
 
     def next_deadline_ns(self) -> int | None:
         deadlines = [self._waiting[0].deadline_ns] if self._waiting else []
-        deadlines += [deadline_ns for deadline_ns, _ in islice(self._parked.values(), 1)]
+        deadlines += [deadline_ns for deadline_ns, _ in self._parked.values()]
         expiry_ms = self.lifetimes.next_ms() if self.status is Status.ACTIVE else None
         if expiry_ms is not None:
             deadlines.append(expiry_ms * 1_000_000)
@@ -566,8 +572,8 @@ class Replica:
                 waiting.respond(
                     OutcomeUnknown("not durable yet; send it again with the same request_id")
                 )
-        while self._parked and next(iter(self._parked.values()))[0] <= now_ns:
-            _, respond = self._parked.pop(next(iter(self._parked)))
+        for park in [park for park, (end_ns, _) in self._parked.items() if end_ns <= now_ns]:
+            _, respond = self._parked.pop(park)
             respond(self._not_fetched("its disk does not answer"))
         self.expire(now_ns // 1_000_000)
 

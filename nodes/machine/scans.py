@@ -126,6 +126,7 @@ class Scans:
             return respond(refusal)
         if folds != self._replica.table.folds:
             # A fold took records out of memory that this answer may lack.
+            self._replica.table.reads_repeated = True
             return self._read(request, epoch, respond)
         goes_on = query.goes_on(rows)
         if len(rows) > request.limit + 1:

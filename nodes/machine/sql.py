@@ -78,6 +78,8 @@ class SqlGateway:
         if None in replicas:
             return respond(NotPrimary("a shard of the query has moved; send it again"))
         node, waiting = self._node, len(replicas)
+        if node.fold_stalled:
+            return respond(node.cannot_fold())
 
         def folded() -> None:
             nonlocal waiting
@@ -123,6 +125,8 @@ class SqlGateway:
 
     def _finish(self, id: int, outcome: dict[str, Any] | BusKVError) -> None:
         self._timers.stop(str(id))
+        if self._calls[id].missing:
+            self._asked = {c: i for c, i in self._asked.items() if i != id}
         self._calls.pop(id).answer(outcome)
 
     def next_deadline_ns(self) -> int | None:

@@ -46,6 +46,8 @@ class Table:
         self.frozen: Writes = {}
         self.folds = 0
         """Folds that ended: what was read from disk before the last one may lack what it took out of memory."""
+        self.reads_repeated = False
+        """A fold ended before a read from disk did, which was asked again."""
         self.filter = KeyFilter(2 * mark.keys, complete=mark.last == 0)
         self.next_filter: KeyFilter | None = None
         """The one that is being built from the keys on disk."""
@@ -76,7 +78,9 @@ class Table:
         """Make the writes of one committed entry visible, all at once; `keys` and `data_bytes` say what they add."""
         self.keys += keys
         self.data_bytes += data_bytes
-        fresh = [key for key in writes if key not in self.young]
+        # A record in the cache was written or on disk: its key is in the filter, and will be in the next one.
+        get = self.young.get
+        fresh = [key for key in writes if get(key) is None]
         self.filter.add(fresh)
         if self.next_filter is not None:
             self.next_filter.add(fresh)
@@ -91,14 +95,18 @@ class Table:
         if order is not None:
             for batch in logged:
                 order.follow(batch)
-            if len(order) > self.cache_bytes_max // KEY_BYTES:
-                self.order = None
-                self._order_unfolded()
+            self._bound_order(order)
+
+    def _bound_order(self, order: KeyOrder) -> None:
+        if len(order) > self.cache_bytes_max // KEY_BYTES:
+            self.order = None
+            self._order_unfolded()
 
     def learn_keys(self, keys: Iterable[bytes]) -> None:
         """Keys that are on disk, at the first pass over them."""
         if self.order is not None and not self.order.complete:
             self.order.learn(keys)
+            self._bound_order(self.order)
 
     def all_keys_learned(self) -> None:
         if self.order is not None and not self.order.complete:
@@ -109,9 +117,10 @@ class Table:
         """Keep records that are committed, as long as there is room."""
         young = self.young
         replaced = [young[key] for key in records if key in young]
+        added = [len(key) for key in records if key not in young]
         self._young_bytes += (
             _value_bytes(records) - sum([len(r[0]) for r in replaced if r is not None])
-            + (RECORD_BYTES + 20) * (len(records) - len(replaced))
+            + RECORD_BYTES * len(added) + sum(added)
         )  # fmt: skip
         young.update(records)
         if self._young_bytes > self.cache_bytes_max // 2:

@@ -15,15 +15,20 @@ from tests.support.cluster import POLL_S, Cluster, cluster_on
 
 KEYS = 300
 LOG = "log.sqlite"
+NEVER_MS = 10**13
+"""Longer than the epoch is old: what a start has read from the log counts as waiting since then."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def templates(
     nats_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[dict[str, Path]]:
-    """Data directories of node n1 with KEYS keys: one of a process that was stopped, one of a killed one."""
+    """Data directories of node n1 with KEYS keys: one of a process that was stopped, one of a killed one.
+
+    Nothing is folded, so a start reads every entry of the log.
+    """
     folder = tmp_path_factory.mktemp("template")
-    async with cluster_on(nats_url, folder, nodes=1) as cluster:
+    async with cluster_on(nats_url, folder, nodes=1, fold_interval_ms=NEVER_MS) as cluster:
         for i in range(KEYS):
             await cluster.bus.ok("put", key=f"key-{i}", value="v" * 2000)
         cluster.kill("n1")

@@ -60,7 +60,7 @@ def draw_shape(world: World) -> Shape:
             lease_s=random.choice([0.5, 3.0]),
             inbox_messages_max=random.choice([8, 1000]),
             tail_operations_max=random.choice([5, 10_000]),
-            cache_mb=random.choice([0, 0, 1]),
+            cache_bytes=random.choice([1, 2000, 2500, 3000, 1_000_000]),
             fold_interval_ms=random.choice([1, 50, 2000]),
             fold_bytes=random.choice([1, 1000, 100_000]),
             unfolded_bytes_max=random.choice([2000, 1_000_000]),

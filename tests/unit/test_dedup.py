@@ -75,7 +75,7 @@ def test_what_has_left_memory_is_never_taken_for_new(batches: list[Batch], runs_
 
 def known(window: DedupWindow, batch: Batch, disk: list[tuple[str, Run]]) -> dict[Any, Any]:
     """What the window says about a batch, with the disk's help when it asks for it: by identity."""
-    runs = DiskRuns(-1, [run for client, run in disk if client == batch.client])
+    runs = DiskRuns(-1, [run for client, run in disk if client == batch.client], 0)
     seen = window.seen(batch, runs if window.needs_disk(batch) else None)
     missing = set(range(len(batch))) - seen.keys()
     logged = [run for client, run in disk if client == batch.client]
@@ -87,7 +87,7 @@ def known(window: DedupWindow, batch: Batch, disk: list[tuple[str, Run]]) -> dic
 def test_a_request_older_than_the_window_is_not_to_be_sent_again() -> None:
     window, batch = DedupWindow(KNOBS, [("a", 9)], 0), make_batch("a", [(7, 0)])
     assert window.needs_disk(batch)
-    forgotten = window.seen(batch, DiskRuns(floor=8, runs=[]))[0]
+    forgotten = window.seen(batch, DiskRuns(floor=8, runs=[], folds=0))[0]
     assert isinstance(forgotten, OutcomeUnknown)
     assert forgotten.retriable is False
     assert "a:7" in forgotten.message

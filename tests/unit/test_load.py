@@ -85,7 +85,7 @@ def test_a_whole_row_as_json():
     }
     (value,) = (value for value, _ in rows(parquet(columns), Format.PARQUET, WHOLE).values())
     assert json.loads(value) == {
-        "id": "a", "day": "2024-02-29", "price": "1.10", "raw_b64": "/w==", "parts": ["/w=="],
+        "id": "a", "day": "2024-02-29", "price": "1.10", "raw_b64": "/w==", "parts": [{"b64": "/w=="}],
     }  # fmt: skip
 
 

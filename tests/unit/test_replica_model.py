@@ -13,13 +13,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from bus_kv.core.machine import EntryRow, Fold, Lookup
+from bus_kv.core.machine import EntryRow, Fold, KeysAfter, Lookup
 from bus_kv.knobs import Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
 from bus_kv.protocol.requests import ScanRequest
 from bus_kv.protocol.shard_map import Member, Shard, ShardState
 from bus_kv.protocol.sizes import Sizes
+from nodes.machine.erase import erase
 from nodes.machine.replica import Past, Replica
 from tests.simulator import state
 
@@ -49,10 +50,14 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.late: list[Batch] = []
         self.pages: list[dict[str, Any]] = []
 
-    @initialize(cache_mb=st.integers(0, 1), runs=st.integers(0, 2), fold_bytes=st.integers(1, 200))
-    def start(self, cache_mb: int, runs: int, fold_bytes: int) -> None:
+    @initialize(
+        cache_bytes=st.sampled_from([1, 700, 1500, 3000, 1 << 20]),
+        runs=st.integers(0, 2),
+        fold_bytes=st.integers(1, 200),
+    )
+    def start(self, cache_bytes: int, runs: int, fold_bytes: int) -> None:
         self.knobs = Knobs(
-            cache_mb=cache_mb, dedup_runs_max=runs, fold_bytes=fold_bytes, log_keep_bytes=1
+            cache_bytes=cache_bytes, dedup_runs_max=runs, fold_bytes=fold_bytes, log_keep_bytes=1
         )
         self.restart()
 
@@ -260,6 +265,7 @@ class ReplicaMachine(RuleBasedStateMachine):
     @rule(limit=st.integers(1, 2), reverse=st.booleans())
     def scan_to_the_end(self, limit: int, reverse: bool) -> None:
         """Page after page: later ones come from what was read ahead."""
+        self.wait_for_the_disk()
         request = ScanRequest("default", None, limit=limit, reverse=reverse)
         found: list[bytes] = []
         pages: list[dict[str, Any]] = [{"next": b""}]
@@ -276,6 +282,7 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     @rule(start=st.sampled_from([b"", b"b"]), end=st.sampled_from([None, b"d"]))
     def count(self, start: bytes, end: bytes | None) -> None:
+        self.wait_for_the_disk()
         request = ScanRequest("default", None, start, end, count_only=True)
         inside = [k for k in self.model if k >= start and (end is None or k < end)]
 
@@ -313,7 +320,7 @@ TestReplicaModel = ReplicaMachine.TestCase
 
 def rig(fold_bytes: int) -> ReplicaMachine:
     machine = ReplicaMachine()
-    machine.start(cache_mb=0, runs=0, fold_bytes=fold_bytes)
+    machine.start(cache_bytes=1, runs=0, fold_bytes=fold_bytes)
     machine.wait_for_the_disk()
     return machine
 
@@ -379,3 +386,79 @@ def test_a_record_read_before_a_fold_is_not_used_after_it() -> None:
     told([], None)
     machine.turn()
     machine.wait_for_the_disk()
+
+
+def answer_lookups(machine: ReplicaMachine) -> None:
+    while True:
+        at = next((i for i, (q, _, _) in enumerate(machine.asked) if isinstance(q, Lookup)), None)
+        if at is None:
+            return
+        query, then, _ = machine.asked.pop(at)
+        then(machine.disk.answer(query), None)
+        machine.turn()
+
+
+def test_a_key_that_was_looked_for_before_it_was_written_is_in_the_filter() -> None:
+    machine = rig(fold_bytes=1 << 20)
+    machine.write([(b"a", b"1")])
+    machine.fold_overtakes()
+    machine.restart()
+    machine.replica.table.cache_bytes_max = 5000
+    machine.write([(b"b", b"2")])  # the filter is not complete: it is looked for first
+    machine.wait_for_the_disk()
+    machine.fold_overtakes()
+    for i in range(40):
+        machine.write([(b"x%d" % i, b"")])
+    machine.fold_overtakes()
+    machine.wait_for_the_disk()
+    assert machine.replica.table.filter.complete
+    machine.read([b"b"])
+    machine.wait_for_the_disk()
+
+
+def test_two_copies_of_a_delete_prefix_delete_once() -> None:
+    machine = rig(fold_bytes=1 << 20)
+    machine.write([(b"p1", b"v")])
+    machine.fold_overtakes()
+    machine.restart()
+    machine.wait_for_the_disk()
+    request = ScanRequest(
+        "default", None, b"p", b"q", 1000, keys_only=True, erase=("u", 1)
+    )  # fmt: skip
+    answers: list[Any] = []
+    for _ in range(2):
+        erase(machine.replica, request, machine.replica.shard.epoch, LATE_NS, answers.append)
+        machine.turn()
+        answer_lookups(machine)
+    machine.wait_for_the_disk()
+    machine.model.pop(b"p1", None)
+    machine.write([(b"p1", b"new"), (b"p2", b"new")])
+    erase(machine.replica, request, machine.replica.shard.epoch, LATE_NS, answers.append)
+    machine.turn()
+    machine.wait_for_the_disk()
+    machine.read([b"p1", b"p2"])
+    machine.wait_for_the_disk()
+    assert [answer["deleted"] for answer in answers] == [1, 1, 1]
+
+
+def test_what_the_disk_said_of_requests_is_not_used_after_a_second_wait_and_a_fold() -> None:
+    machine = rig(fold_bytes=1 << 20)
+    machine.hold_back(b"c", b"late")
+    machine.write([(b"b", b"2")])
+    machine.fold_overtakes()
+    machine.wait_for_the_disk()
+    machine.restart()
+    machine.asked = [entry for entry in machine.asked if not isinstance(entry[0], KeysAfter)]
+    machine.arrive_late_twice()
+    for _ in range(2):
+        machine.look(0)
+        machine.tell(0)
+    at = next(i for i, (query, _, _) in enumerate(machine.asked) if isinstance(query, Lookup))
+    query, then, _ = machine.asked.pop(at)
+    then(machine.disk.answer(query), None)
+    machine.turn()
+    machine.fold_overtakes()
+    machine.wait_for_the_disk()
+    machine.fold_overtakes()
+    seqs = [row[5:8] for row in machine.disk.oplog]
+    assert len(seqs) == len(set(seqs))

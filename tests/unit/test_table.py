@@ -86,5 +86,5 @@ def test_lifetimes_that_end_late_are_left_to_the_disk() -> None:
     assert lifetimes.pop_ended(late_ms, 9) == {b"soon": 1}
     assert lifetimes.needs_more(late_ms)
     lifetimes.asked_until_ms = late_ms + HORIZON_MS
-    lifetimes.extend([(late_ms, b"late", 2)], limit=10)
+    lifetimes.extend([(late_ms, b"late", 2)], limit=10, time_ms=0)
     assert lifetimes.pop_ended(late_ms, 9) == {b"late": 2}
