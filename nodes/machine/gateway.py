@@ -74,7 +74,14 @@ class _Part(Fate):
     suspected: bool = False
     waits: bool = True
     """Not under way: it is sent when the map changes, or after a pause."""
+    page_until_ns: int = 0
+    """A page that is under way may take longer than other answers."""
     failure: BusKVError | None = None
+
+    @property
+    def deadline_ns(self) -> int:
+        under_way = self.batch is None and not self.waits
+        return self.page_until_ns if under_way else self.call.deadline_ns
 
     @property
     def is_read(self) -> bool:
@@ -107,7 +114,6 @@ class Gateway:
             request.consistency = keyspace.consistency
         call = Call(request, now_ns + self._node.answer_within_ns, answer)
         if not isinstance(request, DataRequest):
-            call.deadline_ns = now_ns + self._knobs.page_within_ms * MILLISECOND_NS
             if isinstance(request, ScanRequest) and request.erase == ("", 0):
                 request.erase = self._next_id()
             call.missing = 1
@@ -225,6 +231,7 @@ class Gateway:
 
     def _send(self, part: _Part, shard: Shard, now_ns: int) -> None:
         part.waits = False
+        part.page_until_ns = now_ns + self._knobs.page_within_ms * MILLISECOND_NS
         here = self._node.serving(shard.id) is not None
         if here and part.batch is not None:
             deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
@@ -234,7 +241,7 @@ class Gateway:
         if here:
             assert not isinstance(request, DataRequest)
             answered = partial(self._on_page, part)
-            return self._node.page(shard.id, request, shard.epoch, part.call.deadline_ns, answered)
+            return self._node.page(shard.id, request, shard.epoch, part.deadline_ns, answered)
         body: dict[str, Any] = {"epoch": shard.epoch}
         if part.batch is not None:
             body["batch"] = part.batch.encode()
@@ -253,7 +260,7 @@ class Gateway:
         self._wake(correlation, now_ns + 50 * MILLISECOND_NS, part)
 
     def _wake(self, correlation: int, at_ns: int, part: _Part) -> None:
-        heapq.heappush(self._wakes, (min(at_ns, part.call.deadline_ns), correlation))
+        heapq.heappush(self._wakes, (min(at_ns, part.deadline_ns), correlation))
 
     # ---- what comes back ----
 
@@ -384,7 +391,7 @@ class Gateway:
     def _on_wake(self, correlation: int, part: _Part, now_ns: int) -> None:
         if part.call.done:
             del self._parts[correlation]
-        elif now_ns >= part.call.deadline_ns:
+        elif now_ns >= part.deadline_ns:
             del self._parts[correlation]
             if not part.waits:
                 part.abandon()
@@ -397,7 +404,7 @@ class Gateway:
             if not part.suspected:
                 part.suspected = True
                 self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
-            self._wake(correlation, part.call.deadline_ns, part)
+            self._wake(correlation, part.deadline_ns, part)
 
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
