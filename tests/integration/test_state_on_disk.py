@@ -142,10 +142,10 @@ async def test_data_larger_than_the_cache_is_read_back(nats_url: str, tmp_path: 
         await put_all(cluster, dict.fromkeys(values, "x" * 4000))
         await put_all(cluster, values)
         await _assert_all_read(cluster, values, chance)
-        assert _peak_bytes(cluster, "n1") < at_start + (160 << 20)
+        assert _peak_bytes(cluster, "n1") < at_start + (256 << 20)
         cluster.restart("n1")
         await _assert_all_read(cluster, values, chance)
-        assert _peak_bytes(cluster, "n1") < at_start + (160 << 20)
+        assert _peak_bytes(cluster, "n1") < at_start + (256 << 20)
 
 
 async def _assert_all_read(cluster: Cluster, values: dict[str, str], chance: random.Random) -> None:
