@@ -120,7 +120,8 @@ class StateFile:
         instance = duckdb.connect(
             ":memory:",
             config={
-                "threads": 2,
+                # Folds and checkpoints are never urgent: half of the machine is for requests.
+                "threads": max((os.cpu_count() or 1) // 2, 1),
                 "memory_limit": f"{memory_mb}MB",
                 "temp_directory": str(directory / TEMPORARY_NAME),
                 "max_temp_directory_size": TEMPORARY_SIZE_MAX,
