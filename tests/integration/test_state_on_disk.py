@@ -30,7 +30,10 @@ async def put_all(cluster: Cluster, values: dict[str, str], batch: int = 100) ->
     items = [*values.items()]
     for at in range(0, len(items), batch):
         ops = [{"op": "put", "key": k, "value": v} for k, v in items[at : at + batch]]
-        await cluster.until_ok("batch", ops=ops)
+        while ops:  # what is refused as OVERLOADED is sent again
+            results = (await cluster.until_ok("batch", ops=ops))["results"]
+            assert {r.get("code", "OVERLOADED") for r in results} == {"OVERLOADED"}
+            ops = [op for op, r in zip(ops, results, strict=True) if "code" in r]
 
 
 async def get_all(cluster: Cluster, keys: list[str], batch: int = 100) -> dict[str, str | None]:
