@@ -24,6 +24,7 @@ SCAN_LIMIT_MAX = 10_000
 """Items of one page; a page also ends at the size of a reply."""
 ERASE_KEYS_MAX = 1000
 """Keys that one delete_prefix deletes; its reply says whether there are more."""
+REPLICATION_FACTOR_MAX = 7
 TTL_MS_MAX = 100 * 366 * 24 * 3600 * 1000
 """A hundred years: larger is a mistake of units."""
 
@@ -42,6 +43,8 @@ class Knobs:
     """A coordinator takes over when the lease record stood still this long on its own clock."""
     step_retry_ms: int = 500
     """An unanswered seal, open or announcement is sent again after this."""
+    attempt_patience_ms: int = 5000
+    """A reconfiguration that has not come to its end after this is begun again under a new epoch."""
     store_timeout_ms: int = 2000
     """A request to the map's store without an answer after this is of unknown outcome."""
 
@@ -89,6 +92,14 @@ class Knobs:
     """And how much of it, in megabytes of keys and values."""
     log_keep_bytes: int = 64 << 20
     """Entries that the log keeps per shard although the state has them, for whoever has to catch up."""
+    log_bytes_max: int = 1 << 30
+    """And how much it keeps for a member that has not got it yet; who lags further behind takes a snapshot."""
+    remind_ms: int = 100
+    """A primary repeats what it said to its replicas after this, while something of it is unanswered."""
+    remind_idle_ms: int = 1000
+    """And after this when nothing is: that is how old a ONE read of an idle shard can be without anybody's fault."""
+    pull_retry_ms: int = 500
+    """An unanswered question for another replica's log is asked again after this."""
     expire_batch_operations_max: int = 1000
     """Expirations written in one turn, so that a mass expiry does not delay requests."""
 

@@ -37,6 +37,12 @@ class Subjects:
     def shard_request(self, shard: str) -> str:
         return f"{self.root}.shard.{shard}.request"
 
+    def shard_read(self, shard: str) -> str:
+        return f"{self.root}.shard.{shard}.read"
+
+    def shard_replicate(self, shard: str) -> str:
+        return f"{self.root}.shard.{shard}.replicate"
+
     def node_inbox(self, node: str) -> str:
         return f"{self.root}.node.{node}.inbox"
 

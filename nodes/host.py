@@ -134,6 +134,8 @@ class NodeHost:
             subjects={
                 "verb": (lambda _: self._subjects.any_verb, QUEUE),
                 "shard": (self._subjects.shard_request, ""),
+                "read": (self._subjects.shard_read, QUEUE),
+                "replicate": (self._subjects.shard_replicate, ""),
             },
             refuse=self._machine.overloaded,
         )  # fmt: skip
@@ -154,6 +156,9 @@ class NodeHost:
         """Replay the log behind what the state has. It ends before the node says a word on the bus."""
         try:
             marks = self._state.marks()
+            document = self._log.map()
+            if document is not None:
+                self._machine.restore_map(document)
             for row in self._log.replicas():
                 mark = marks.get(row.shard, Mark())
                 self._check_log(row.shard, mark)

@@ -17,21 +17,24 @@ import sqlite3
 import threading
 import zlib
 from collections import deque
-from itertools import chain
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
+    Answered,
     Append,
     AppendCompleted,
     AppendStalled,
+    CutRow,
     EntryRow,
+    LogRead,
     ReplicaRow,
     Trim,
 )  # fmt: skip
 from nodes.wal import cut_commits
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 FORMAT_VERSION = 1
@@ -55,7 +58,12 @@ CREATE TABLE entries (
     shard TEXT NOT NULL, last INTEGER NOT NULL, epoch INTEGER NOT NULL,
     checksum INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (shard, last)
 ) WITHOUT ROWID;
+CREATE TABLE cuts (
+    shard TEXT NOT NULL, last INTEGER NOT NULL, epoch INTEGER NOT NULL,
+    checksum INTEGER NOT NULL, body BLOB NOT NULL, cut_epoch INTEGER NOT NULL
+);
 """
+"""`cuts` keeps what was taken out of the log because the epoch `cut_epoch` began with another one."""
 
 
 class DiskError(Exception):
@@ -85,6 +93,7 @@ class NodeLog:
         self._on_event: Callable[[Any], object] = lambda _: None
         self._on_failure: Callable[[DiskError], object] = lambda _: None
         self._queue: deque[Append] = deque()
+        self._reads: deque[LogRead] = deque()
         self._trims: dict[str, int] = {}
         """Shard -> seq up to which its entries may go."""
         self._filled = threading.Condition()
@@ -147,6 +156,15 @@ class NodeLog:
 
     # ---- what was there ----
 
+    def map(self) -> dict[str, Any] | None:
+        """The newest shard map that the node has seen (R10)."""
+        try:
+            row = self._db.execute("SELECT value FROM meta WHERE name = 'map'").fetchone()
+        except sqlite3.Error as error:
+            raise _explain(self.path, error) from None
+        document: dict[str, Any] | None = json.loads(row[0]) if row else None
+        return document
+
     def replicas(self) -> list[ReplicaRow]:
         """Every replica that this node has promised anything for. Raises DiskError."""
         try:
@@ -194,6 +212,12 @@ class NodeLog:
             self._queue.append(append)
             self._filled.notify()
 
+    def read(self, read: LogRead) -> None:
+        """Answered once everything that was appended before is durable."""
+        with self._filled:
+            self._reads.append(read)
+            self._filled.notify()
+
     def trim(self, trim: Trim) -> None:
         with self._filled:
             self._trims[trim.shard] = trim.last
@@ -212,16 +236,20 @@ class NodeLog:
     def _work(self) -> object:
         while True:
             with self._filled:
-                while not self._queue and not self._closing:
+                while not self._queue and not self._reads and not self._closing:
                     self._filled.wait()
-                group = [*self._queue]
+                group, reads = [*self._queue], [*self._reads]
                 self._queue.clear()
-            if not group:
+                self._reads.clear()
+            if not group and not reads:
                 return None
             try:
-                self._commit_until_done(group)
-                self._on_event(AppendCompleted(group[-1].ticket))
-                self._trim_some(sum(len(append.entries) for append in group))
+                if group:
+                    self._commit_until_done(group)
+                    self._on_event(AppendCompleted(group[-1].ticket))
+                    self._trim_some(sum(len(append.entries) for append in group))
+                for read in reads:
+                    self._on_event(Answered(read.ticket, self._read(read)))
             except DiskError as error:
                 return self._on_failure(error)
             except Exception as error:  # whatever it is, nobody may wait for this thread in vain
@@ -258,36 +286,69 @@ class NodeLog:
             if deleted < count and self._trims[shard] == last:
                 del self._trims[shard]
 
+    def _read(self, read: LogRead) -> list[Any]:
+        epoch, seq = read.after
+        query = (
+            "SELECT epoch, last FROM entries WHERE shard = ? AND last <= ? AND epoch <= ? "
+            "ORDER BY last DESC LIMIT 1"
+        )
+        try:
+            have = self._db.execute(query, (read.shard, seq, epoch)).fetchone()
+        except sqlite3.Error as error:
+            raise _explain(self.path, error) from None
+        rows: list[EntryRow] = []
+        room = read.bytes_max
+        for row in self.entries(read.shard, seq if have else 0):
+            room -= len(row.body)
+            if rows and room < 0:
+                break
+            rows.append(row)
+        return [have, rows]
+
     def _commit(self, group: list[Append]) -> None:
-        entries = [
-            (
-                row.shard,
-                row.last,
-                row.epoch,
-                _checksum(row.shard, row.last, row.epoch, row.body),
-                row.body,
-            )
-            for append in group
-            for row in append.entries
-        ]
+        rows = [row for append in group for row in append.entries]
         replicas = [
             (*columns, _checksum(*columns))
             for append in group
             for columns in map(_columns, append.replicas)
         ]
+        maps = [json.dumps(append.map) for append in group if append.map is not None]
+        plain = not (replicas or maps or any(isinstance(row, CutRow) for row in rows))
         try:
-            if not replicas and len(entries) <= ONE_STATEMENT_ENTRIES_MAX:
-                rows = ",".join(["(?,?,?,?,?)"] * len(entries))
-                self._db.execute(f"INSERT INTO entries VALUES {rows}", [*chain(*entries)])
+            if plain and len(rows) <= ONE_STATEMENT_ENTRIES_MAX:
+                values = ",".join(["(?,?,?,?,?)"] * len(rows))
+                columns = chain(*map(_entry_columns, rows))  # type: ignore[arg-type]  # no cut
+                self._db.execute(f"INSERT INTO entries VALUES {values}", [*columns])
                 return
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT INTO entries VALUES (?,?,?,?,?)", entries)
+            for is_cut, run in groupby(rows, lambda row: isinstance(row, CutRow)):
+                if is_cut:
+                    self._cut(run)  # type: ignore[arg-type]
+                else:
+                    insert = "INSERT INTO entries VALUES (?,?,?,?,?)"
+                    self._db.executemany(insert, map(_entry_columns, run))  # type: ignore[arg-type]
             self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?,?)", replicas)
+            for text in maps[-1:]:
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('map', ?)", (text,))
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise _explain(self.path, error) from None
+
+    def _cut(self, cuts: Iterable[CutRow]) -> None:
+        for cut in cuts:
+            kept = (cut.epoch, cut.shard, cut.last)
+            self._db.execute(
+                "INSERT INTO cuts SELECT shard, last, epoch, checksum, body, ? FROM entries "
+                "WHERE shard = ? AND last > ?", kept,
+            )  # fmt: skip
+            self._db.execute("DELETE FROM entries WHERE shard = ? AND last > ?", kept[1:])
+
+
+def _entry_columns(row: EntryRow) -> tuple[str, int, int, int, bytes]:
+    checksum = _checksum(row.shard, row.last, row.epoch, row.body)
+    return (row.shard, row.last, row.epoch, checksum, row.body)
 
 
 def _columns(row: ReplicaRow) -> tuple[str, int, str, int, str]:

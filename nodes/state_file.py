@@ -9,6 +9,7 @@ another name and renamed, so a file of this name always says whose it is.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import threading
@@ -37,7 +38,7 @@ _SCHEMA = """
 CREATE TABLE state.meta (name VARCHAR, value VARCHAR);
 CREATE TABLE state.marks (
     shard VARCHAR, number INTEGER, keyspace VARCHAR,
-    epoch BIGINT, last BIGINT, time_ms BIGINT, keys BIGINT, data_bytes BIGINT
+    epoch BIGINT, last BIGINT, time_ms BIGINT, keys BIGINT, data_bytes BIGINT, lineage VARCHAR
 );
 CREATE TABLE state.oplog (
     shard VARCHAR, epoch BIGINT, seq BIGINT, time_ms BIGINT, op VARCHAR, key BLOB,
@@ -177,9 +178,13 @@ class StateFile:
 
     def marks(self) -> dict[str, Mark]:
         rows = self._instance.execute(
-            "SELECT shard, epoch, last, time_ms, keys, data_bytes FROM state.marks ORDER BY number"
+            "SELECT shard, epoch, last, time_ms, keys, data_bytes, lineage FROM state.marks "
+            "ORDER BY number"
         ).fetchall()
-        return {shard: Mark(*values) for shard, *values in rows}
+        return {
+            shard: Mark(epoch, last, time_ms, keys, size, tuple(map(tuple, json.loads(lineage))))
+            for shard, epoch, last, time_ms, keys, size, lineage in rows
+        }
 
     def add_shard(self, shard: str, keyspace: str) -> ShardTable:
         """Make room for a shard: its table and a mark that says that nothing is folded."""
@@ -190,7 +195,7 @@ class StateFile:
             lambda db: (
                 db.execute(f"CREATE TABLE state.{table.name} ({_KV_COLUMNS})"),
                 db.execute(
-                    "INSERT INTO state.marks VALUES (?, ?, ?, 0, 0, 0, 0, 0)",
+                    "INSERT INTO state.marks VALUES (?, ?, ?, 0, 0, 0, 0, 0, '[]')",
                     [shard, table.number, keyspace],
                 ),
             ),

@@ -7,6 +7,7 @@ is registered once and hands out what is current, as Python variables are out of
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -74,7 +75,8 @@ INSERT INTO state.oplog SELECT ?, epoch, seq, time_ms, op, key, key_hash, value,
 """
 _REMEMBER = "INSERT INTO state.requests SELECT ?, * FROM requests"
 _MARK = """
-UPDATE state.marks SET epoch = ?, last = ?, time_ms = ?, keys = ?, data_bytes = ? WHERE shard = ?
+UPDATE state.marks
+SET epoch = ?, last = ?, time_ms = ?, keys = ?, data_bytes = ?, lineage = ? WHERE shard = ?
 """
 
 
@@ -134,8 +136,8 @@ class FoldWriter:
             db.execute("INSERT INTO state.oplog_parts VALUES (?, ?, ?, ?)", [fold.shard, *part])
         if self._sources["requests"].rows.num_rows:
             db.execute(_REMEMBER, [fold.shard])
-        counts = [mark.keys, mark.data_bytes]
-        db.execute(_MARK, [mark.epoch, mark.last, mark.time_ms, *counts, fold.shard])
+        rest = [mark.keys, mark.data_bytes, json.dumps(mark.lineage), fold.shard]
+        db.execute(_MARK, [mark.epoch, mark.last, mark.time_ms, *rest])
 
     def close(self) -> None:
         for name in self._sources:

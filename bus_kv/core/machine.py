@@ -173,6 +173,8 @@ class Mark:
     time_ms: int = 0
     keys: int = 0
     data_bytes: int = 0
+    lineage: tuple[tuple[int, int], ...] = ()
+    """(epoch, seq) of every opening entry up to here: which epochs are part of the log, and from where."""
 
 
 @dataclass(slots=True)
@@ -285,10 +287,24 @@ class Sql:
     timeout_ms: int
 
 
+@dataclass(slots=True)
+class LogRead:
+    """Entries of a shard's log behind a place -> [have, entries]: the last (epoch, seq) in the log that is beyond
+    `after` in neither, and the rows behind `after` up to `bytes_max`, one at least. Where there is no such end `have`
+    is None and the rows are those with which the log begins."""
+
+    ticket: int
+    shard: str
+    after: tuple[int, int]
+    bytes_max: int
+
+
 Query: TypeAlias = (
     Lookup | RangeRead | RangeCount | KeysAfter | Expiring | RequestsOf | HistoryOf | Sql
 )
-Effect: TypeAlias = Publish | Request | Subscribe | StoreGet | StoreCas | Halt | Trim | Fold | Query
+Effect: TypeAlias = (
+    Publish | Request | Subscribe | StoreGet | StoreCas | Halt | Trim | Fold | LogRead | Query
+)
 
 
 @dataclass(slots=True)
@@ -296,8 +312,11 @@ class Append:
     """One log transaction: entry rows and replica rows, durable together or not at all."""
 
     ticket: int
-    entries: list[EntryRow]
+    entries: list[EntryRow | CutRow]
+    """In this order."""
     replicas: list[ReplicaRow]
+    map: dict[str, Any] | None = None
+    """The newest shard map, when it has changed (R10)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +325,15 @@ class EntryRow:
     last: int
     epoch: int
     body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CutRow:
+    """Take the entries behind `last` out of a shard's log and keep them aside: `epoch` has chosen another log (R2)."""
+
+    shard: str
+    last: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,23 +98,24 @@ _REPORT: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """Step 2: promise (epoch, token) and report the end of the log. `incarnation` is whom it is meant for."""
+    """Step 2: promise the record's (epoch, token) and report the end of the log; meant for one `incarnation`."""
 
-    shard: str
-    epoch: int
-    token: str
+    record: Shard
     incarnation: str
 
 
 def seal_from_wire(wire: dict[str, Any]) -> Seal:
     """Raises MalformedRequest."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "shard": (str,), "epoch": (int,), "token": (str,), "incarnation": (str,),
-    }  # fmt: skip
-    fields = _typed(wire, kinds)
-    if not is_id(fields["shard"]) or not 0 < fields["epoch"] < EPOCH_MAX:
-        raise MalformedRequest("shard or epoch is out of range")
-    return Seal(**fields)
+    if type(wire.get("incarnation")) is not str:
+        raise MalformedRequest("incarnation is missing")
+    return Seal(record_from_wire(wire), wire["incarnation"])
+
+
+def position_from_wire(value: Any) -> tuple[int, int]:
+    """(epoch, seq) of an entry's end. Raises MalformedRequest."""
+    if type(value) not in (list, tuple):
+        raise MalformedRequest("a position is [epoch, seq]")
+    return _pair(value, int, int)
 
 
 def record_from_wire(wire: dict[str, Any]) -> Shard:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bus_kv.core.machine import (
     Halt,
+    LogRead,
     Publish,
     Received,
     Request,
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 class Log(Protocol):
     def append(self, append: Append) -> None:
         """Make it durable; completion is offered as AppendCompleted, in order."""
+
+    def read(self, read: LogRead) -> None:
+        """Read entries back; the answer is offered as Answered."""
 
     def trim(self, trim: Trim) -> None:
         """Forget entries when there is time."""
@@ -94,7 +98,8 @@ class Driver:
 
         async def on_message(message: Any) -> None:
             subject, body, reply = message.subject, message.data, message.reply
-            name = subject.rpartition(".")[2] if channel != "shard" else subject.split(".")[-2]
+            in_shard = channel in ("shard", "read", "replicate")
+            name = subject.split(".")[-2] if in_shard else subject.rpartition(".")[2]
             refusal = self.offer(Received(channel, name, body, reply, message.headers))
             if refusal is not None:
                 await self._perform(refusal)
@@ -160,6 +165,9 @@ class Driver:
                 await self._subscribe(channel, name, active)
             case Halt():
                 self.halt = effect
+            case LogRead():
+                assert self._log is not None
+                self._log.read(effect)
             case Trim():
                 assert self._log is not None
                 self._log.trim(effect)

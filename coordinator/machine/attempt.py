@@ -6,7 +6,7 @@ succeeded, so nothing is ever sealed for an epoch that the map does not hold.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.protocol.shard_map import Member, shard_to_document
@@ -21,8 +21,8 @@ class Attempt:
     started_ns: int
     retry_ns: int
     """When what is unanswered is sent again."""
-    sealed: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Member -> (epoch, seq) of the end of its log."""
+    sealed: dict[Member, tuple[int, int]] = field(default_factory=dict)
+    """Member of the last active configuration -> (epoch, seq) of the end of its log."""
     opened: bool = False
 
     @property
@@ -48,18 +48,23 @@ class Attempt:
             return [
                 (member, self._seal(member))
                 for member in shard.last_active.members
-                if member.node not in self.sealed
+                if member not in self.sealed
             ]
         member = shard.member(shard.primary)
         assert member is not None, "a primary is a member"
-        return [(member, {"type": "open", "record": shard_to_document(shard)})]
+        return [(member, self._open(member))]
 
     def _seal(self, member: Member) -> dict[str, Any]:
-        last = self.shard.last_active
+        record = shard_to_document(self.shard)
+        return {"type": "seal", "record": record, "incarnation": member.incarnation}
+
+    def _open(self, primary: Member) -> dict[str, Any]:
+        """The new primary takes the greatest of the sealed logs, from the member that has it."""
+        sealed = self.sealed or {primary: (0, 0)}
+        source = max(sealed, key=lambda member: (sealed[member], member == primary))
         return {
-            "type": "seal", "shard": self.shard.id, "epoch": self.shard.epoch,
-            "token": self.shard.token, "incarnation": member.incarnation,
-            "last_active": last and asdict(last), "attempts": self.shard.attempts,
+            "type": "open", "record": shard_to_document(self.shard), "best": sealed[source],
+            "source": [source.node, source.incarnation],
         }  # fmt: skip
 
     def on_answer(self, member: Member, fields: dict[str, Any]) -> None:
@@ -68,7 +73,7 @@ class Attempt:
             return
         if fields["type"] == "sealed":
             epoch, seq = fields["last"]
-            self.sealed[member.node] = (epoch, seq)
+            self.sealed[member] = (epoch, seq)
         elif fields["type"] == "opened":
             self.opened = True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
     AppendCompleted,
@@ -24,7 +24,7 @@ from bus_kv.core.machine import (
     StoreGet,
 )  # fmt: skip
 from bus_kv.core.timers import Timers
-from bus_kv.errors import BusKVError, UnknownVerb
+from bus_kv.errors import BusKVError
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol.codec import (
     codec_of,
@@ -41,19 +41,21 @@ from bus_kv.protocol.shard_map import (
     ShardState,
     delta,
     from_document,
+    shard_from_document,
     shard_to_document,
     to_document,
 )  # fmt: skip
+from coordinator.machine.admin import Admin
 from coordinator.machine.attempt import Attempt, refused_with
 from coordinator.machine.lease import Lease
-from coordinator.machine.plan import Heard, next_map, note_opened, report_of
+from coordinator.machine.plan import Heard, next_map
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import Effect, Event
     from bus_kv.protocol.messages import Heartbeat
-    from bus_kv.protocol.shard_map import Member
+    from bus_kv.protocol.shard_map import Member, Shard
     from bus_kv.subjects import Subjects
 
 MAP_KEY = "map"
@@ -76,6 +78,8 @@ class CoordinatorMachine:
         self.now_ns = 0
         self.requests = 0
         self._revision = 0
+        self._map_is_old = False
+        """A node has seen a newer one."""
         self._heard = Heard()
         self._seen_ns: dict[str, int] = {}
         """When each node was heard last, or since when it is waited for."""
@@ -85,6 +89,7 @@ class CoordinatorMachine:
         """The map of the compare-and-set that is under way or of unknown outcome."""
         self._first_node_ns: int | None = None
         self._answers: dict[int, Callable[[bytes | None], None]] = {}
+        self._admin = Admin(self._heard)
         self._effects: list[Effect] = []
         self._timers = Timers()
         self._correlation = 0
@@ -132,7 +137,7 @@ class CoordinatorMachine:
                 self._drive_attempts()
 
     def next_deadline_ns(self) -> int | None:
-        candidates = [self._timers.next_ns(), self.lease.next_deadline_ns()]
+        candidates = [self._timers.next_ns(), self.lease.next_deadline_ns(), self._admin.next_ns()]
         return min((c for c in candidates if c is not None), default=None)
 
     is_full = False
@@ -140,6 +145,8 @@ class CoordinatorMachine:
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
         self._reconcile()
+        if self.map is not None:
+            self._admin.look(self.map, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)
 
@@ -166,11 +173,14 @@ class CoordinatorMachine:
             self._first_node_ns = self._first_node_ns or self.now_ns
         if self.lease.active:
             self._announce_again(beat)
+            if self.map is not None and beat.map_version > self.map.map_version:
+                self._map_is_old = True
 
     def _announce_again(self, beat: Heartbeat) -> None:
         """A primary that has opened and does not know that its record is ACTIVE is told once more."""
         for shard in self.map.shards.values() if self.map else ():
-            report = report_of(shard, self._heard)
+            member = shard.member(beat.node)
+            report = self._heard.report(shard.id, member) if member else None
             if (
                 shard.primary == beat.node
                 and shard.state is ShardState.ACTIVE
@@ -200,9 +210,41 @@ class CoordinatorMachine:
         if not self.lease.active or not message.reply:
             return
         self.requests += 1
-        error = UnknownVerb(f"there is no administration verb {message.name!r}")
-        body = encode_body(codec_of(message.body), error.to_body())
-        self._effects.append(Publish(message.reply, body, failure_headers(error)))
+        codec, reply = codec_of(message.body), message.reply
+
+        def answer(result: dict[str, Any] | BusKVError) -> None:
+            headers = None
+            if isinstance(result, BusKVError):
+                headers, result = failure_headers(result), result.to_body()
+            self._effects.append(Publish(reply, encode_body(codec, result), headers))
+
+        self._admin.on_request(message.name, message.body, self.map, self.now_ns, answer)
+        if self._heard.restoring:
+            self._ask_for_maps()
+
+    def _ask_for_maps(self) -> None:
+        """Have every node tell the newest map that it remembers (R10)."""
+        for node in sorted(self._heard.beats):
+            correlation = self._next_correlation()
+            self._answers[correlation] = self._on_remembered
+            subject = self.config.subjects.node_inbox(node)
+            body = encode_cbor({"type": "remembered"})
+            self._effects.append(Request(correlation, subject, body))
+
+    def _on_remembered(self, body: bytes | None) -> None:
+        try:
+            fields = decode_cbor(body or b"")
+            map = from_document(fields["map"])
+            records = [shard_from_document(record) for record in fields["records"]]
+        except (BusKVError, KeyError, TypeError, ValueError, AttributeError):
+            return
+        for record in records:
+            known = self._heard.records.get(record.id)
+            if record.state is ShardState.ACTIVE and (not known or record.epoch > known.epoch):
+                self._heard.records[record.id] = record
+        newest = self._heard.newest
+        if newest is None or map.map_version > newest.map_version:
+            self._heard.newest = map
 
     # ---- the map ----
 
@@ -214,9 +256,13 @@ class CoordinatorMachine:
             return
         if self._store_pending:
             return
-        if self.map is None:
+        if self.map is None or self._map_is_old:
+            self._map_is_old = False
             return self._read_map()
-        self._heard.running = {id: a.id for id, a in self._attempts.items()}
+        patience_ns = self.knobs.attempt_patience_ms * MILLISECOND_NS
+        self._heard.running = {
+            id: a.id for id, a in self._attempts.items() if self.now_ns - a.started_ns < patience_ns
+        }
         self._heard.opened = {id: a.id for id, a in self._attempts.items() if a.opened}
         wanted = next_map(self.map, self._heard, self.knobs, self.config.token)
         if wanted is not self.map:
@@ -262,13 +308,23 @@ class CoordinatorMachine:
             and (map.shards[id].epoch, map.shards[id].token) == attempt.id
             and map.shards[id].state is ShardState.RECOVERING
         }
+        self._heard.settings = {
+            name: wanted for name, wanted in self._heard.settings.items()
+            if map.keyspaces.get(name, wanted) != wanted
+        }  # fmt: skip
         if wanted is None or wanted.writer != map.writer:
             return
+        if self._heard.restoring and self._heard.newest is not None:
+            self._heard.restoring, self._heard.newest = False, None
+            self._heard.forgotten.clear()
+            self._heard.records.clear()
         assert old is not None, "a change is made to a map that was read"
         self._announce(old, map)
         for id, shard in map.shards.items():
             if shard.state is ShardState.RECOVERING and old.shards.get(id) != shard:
                 self._attempts[id] = Attempt(shard, self.now_ns, self.now_ns)
+                self._heard.failovers.discard(id)
+                self._heard.transfers.pop(id, None)
         self._drive_attempts()
 
     def _announce(self, old: ShardMap, new: ShardMap) -> None:
@@ -309,13 +365,22 @@ class CoordinatorMachine:
         except (BusKVError, KeyError, TypeError, ValueError):
             return
         if attempt.opened:
-            note_opened(attempt.shard, self._heard)
+            self._note_opened(attempt.shard)
+        if "forgotten" in fields:
+            self._heard.forgotten.add(attempt.shard.id)
         if promised_epoch >= attempt.shard.epoch:
             # Also the own epoch: a primary that restarted after opening it never resumes it (R7).
             self._heard.epoch_floor = max(self._heard.epoch_floor, promised_epoch)
             del self._attempts[attempt.shard.id]
         elif attempt.is_sealed and not sealed_before:
             self._drive_attempts()
+
+    def _note_opened(self, shard: Shard) -> None:
+        """What the primary's last heartbeat told about the time before is over."""
+        primary = shard.member(shard.primary)
+        report = self._heard.report(shard.id, primary) if primary else None
+        if report is not None:
+            report.epoch, report.token, report.status = shard.epoch, shard.token, "opened"
 
     def unavailable(self) -> list[str]:
         """Shards that cannot serve because the only node that has them is down, for the operator."""

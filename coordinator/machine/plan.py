@@ -19,6 +19,7 @@ from bus_kv.protocol.shard_map import (
     ShardMap,
     ShardState,
 )  # fmt: skip
+from coordinator.machine.roles import Roles, next_roles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,10 +46,61 @@ class Heard:
     """Shard -> attempt that this coordinator is driving."""
     epoch_floor: int = 0
     """Greatest epoch that a replica has refused with: go above it."""
+    forgotten: set[str] = field(default_factory=set)
+    """Shards whose replicas know more than the map: nothing is done until the map is restored (R10)."""
+    failovers: set[str] = field(default_factory=set)
+    """Shards whose primary is to be replaced because an operator says so."""
+    transfers: dict[str, str] = field(default_factory=dict)
+    """Shard -> member that an operator wants as its primary."""
+    settings: dict[str, Keyspace] = field(default_factory=dict)
+    """Keyspaces as an operator wants them."""
+    restoring: bool = False
+    """An operator wants the nodes' newest map as the map."""
+    newest: ShardMap | None = None
+    """The newest map that a node has told."""
+    records: dict[str, Shard] = field(default_factory=dict)
+    """Shard -> its newest ACTIVE record that a replica has told."""
+
+    def is_behind(self, map: ShardMap) -> bool:
+        """Whether a node has seen a newer map, or a replica knows more than this one (R10)."""
+        versions = [beat.map_version for beat in self.beats.values()]
+        return max(versions, default=0) > map.map_version or bool(self.forgotten)
+
+    @property
+    def remembers_all(self) -> bool:
+        """No node has seen a newer map than the one that was told."""
+        versions = [beat.map_version for beat in self.beats.values()]
+        return self.newest is not None and self.newest.map_version >= max(versions, default=0)
+
+    def hears(self, member: Member) -> bool:
+        """Whether this very replica's process is there."""
+        beat = self.beats.get(member.node)
+        return (
+            beat is not None and beat.incarnation == member.incarnation
+            and member.node not in self.silent
+        )  # fmt: skip
+
+    def report(self, shard: str, member: Member) -> ReplicaReport | None:
+        """What a member says about its replica, if it still is the one that the map means (R8)."""
+        beat = self.beats.get(member.node)
+        if beat is None or beat.incarnation != member.incarnation:
+            return None
+        return next((r for r in beat.shards if r.id == shard), None)
 
 
 def next_map(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]) -> ShardMap:
     """The map that should be; `old` itself when nothing is to be done."""
+    if heard.restoring and heard.newest is not None and heard.remembers_all:
+        return _restored(old, heard.newest, heard, token)
+    if any(beat.map_version > old.map_version for beat in heard.beats.values()):
+        # Nodes remember a newer map: this one is about to be read again, or its store has forgotten (R10).
+        return old
+    changed = {
+        name: wanted for name, wanted in heard.settings.items()
+        if old.keyspaces.get(name, wanted) != wanted
+    }  # fmt: skip
+    if changed:
+        return old.changed(keyspaces={**old.keyspaces, **changed}, writer=token())
     nodes = _nodes(old, heard)
     if nodes != old.nodes:
         return old.changed(nodes=nodes, writer=token())
@@ -59,13 +111,42 @@ def next_map(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]
     for id, shard in sorted(old.shards.items()):
         if heard.opened.get(id) == (shard.epoch, shard.token):
             shards[id] = replace(shard, state=ShardState.ACTIVE, last_active=None, attempts=())
-        elif needs_reconfigure(shard, heard):
+            continue
+        wanted = next_roles(shard, old, heard)
+        if wanted is not None:
             last_epoch += 1
-            shards[id] = reconfigured(old, shard, last_epoch, token())
+            shards[id] = reconfigured(shard, wanted, last_epoch, token())
     if shards == old.shards:
         return old
     last_epoch = max(old.last_epoch, *(s.epoch for s in shards.values()))
     return old.changed(shards=shards, last_epoch=last_epoch, writer=token())
+
+
+def _restored(old: ShardMap, newest: ShardMap, heard: Heard, token: Callable[[], str]) -> ShardMap:
+    """The map that the nodes remember, above every version and epoch that anybody has seen.
+
+    Attempts that the store forgot and replicas have promised go on as attempts: they acknowledged nothing, or a replica
+    would know them as ACTIVE.
+    """
+    versions = [old.map_version, newest.map_version, *(b.map_version for b in heard.beats.values())]
+    reports = [report for _, beat in sorted(heard.beats.items()) for report in beat.shards]
+    last_epoch = max(
+        old.last_epoch, newest.last_epoch, heard.epoch_floor, *[r.epoch for r in reports]
+    )
+    shards = dict(newest.shards)
+    for id, record in sorted(heard.records.items()):
+        if id not in shards or record.epoch > shards[id].epoch:
+            shards[id] = record
+    for id, shard in sorted(shards.items()):
+        promises = {(r.epoch, r.token) for r in reports if r.id == id and r.epoch > shard.epoch}
+        if promises:
+            last_epoch += 1
+            roles = Roles(shard.members, shard.primary, shard.learners)
+            again = reconfigured(shard, roles, last_epoch, token())
+            shards[id] = replace(again, attempts=(*again.attempts, *sorted(promises)))
+    return replace(
+        newest, map_version=max(versions) + 1, last_epoch=last_epoch, shards=shards, writer=token()
+    )
 
 
 def _nodes(old: ShardMap, heard: Heard) -> dict[str, Node]:
@@ -83,17 +164,17 @@ def _nodes(old: ShardMap, heard: Heard) -> dict[str, Node]:
 
 
 def _lay_out(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]) -> ShardMap:
-    """The first shard of a fresh cluster: the whole key space on the first node by id."""
-    if any(b.shards or b.map_version > old.map_version for b in heard.beats.values()):
-        # Nodes remember a map and the store does not: it was lost, and an empty shard would hide their data (R10).
+    """The first shard of a fresh cluster: the whole key space on the first nodes by id."""
+    if any(beat.shards for beat in heard.beats.values()):
+        # Nodes remember a shard and the store does not: an empty one would hide their data (R10).
         return old
     up = sorted(id for id, node in old.nodes.items() if node.state is NodeState.UP)
     if not up or (len(up) < knobs.replication_factor and not heard.layout_due):
         return old
     epoch = old.last_epoch + 1
-    member = Member(up[0], old.nodes[up[0]].incarnation)
+    members = tuple(Member(id, old.nodes[id].incarnation) for id in up[: knobs.replication_factor])
     shard = Shard(
-        FIRST_SHARD, "default", b"", None, epoch, token(), (member,), member.node,
+        FIRST_SHARD, "default", b"", None, epoch, token(), members, members[0].node,
         ShardState.RECOVERING,
     )  # fmt: skip
     keyspace = Keyspace(replication_factor=knobs.replication_factor)
@@ -102,53 +183,15 @@ def _lay_out(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]
     )
 
 
-def needs_reconfigure(shard: Shard, heard: Heard) -> bool:
-    """Whether nobody will make this shard serve unless a new epoch begins."""
-    if shard.state is not ShardState.ACTIVE:
-        is_driven = heard.running.get(shard.id) == (shard.epoch, shard.token)
-        return not is_driven or (shard.last_active is None and shard.primary in heard.silent)
-    report = report_of(shard, heard)
-    if report is None:
-        return False
-    if report.epoch > shard.epoch:
-        return True
-    same = (report.epoch, report.token) == (shard.epoch, shard.token)
-    return same and report.status in ("restarted", "promised")
-
-
-def report_of(shard: Shard, heard: Heard) -> ReplicaReport | None:
-    """What the primary says about its replica, if it still is the replica that the map means (R8)."""
-    beat = heard.beats.get(shard.primary)
-    member = shard.member(shard.primary)
-    if beat is None or member is None or beat.incarnation != member.incarnation:
-        return None
-    return next((r for r in beat.shards if r.id == shard.id), None)
-
-
-def note_opened(shard: Shard, heard: Heard) -> None:
-    """The primary has said that the epoch is open: what its last heartbeat told about the time before is over."""
-    report = report_of(shard, heard)
-    if report is not None:
-        report.epoch, report.token, report.status = shard.epoch, shard.token, "opened"
-
-
-def reconfigured(map: ShardMap, shard: Shard, epoch: int, token: str) -> Shard:
-    """Step 1 of a reconfiguration: the record under a new epoch, RECOVERING, with its past carried along.
-
-    A shard that never was ACTIVE has acknowledged nothing, so any node that is up may have it.
-    """
-    members, primary = shard.members, shard.primary
-    up = sorted(id for id, node in map.nodes.items() if node.state is NodeState.UP)
-    if shard.state is not ShardState.ACTIVE and shard.last_active is None and up:
-        primary = shard.primary if shard.primary in up else up[0]
-        members = (Member(primary, map.nodes[primary].incarnation),)
+def reconfigured(shard: Shard, roles: Roles, epoch: int, token: str) -> Shard:
+    """Step 1 of a reconfiguration: the record under a new epoch, RECOVERING, with its past carried along."""
     if shard.state is ShardState.ACTIVE:
         last_active: Configuration | None = Configuration(shard.epoch, shard.token, shard.members)
         attempts: tuple[tuple[int, str], ...] = ()
     else:
         last_active, attempts = shard.last_active, (*shard.attempts, (shard.epoch, shard.token))
     return replace(
-        shard, epoch=epoch, token=token, members=members, primary=primary,
-        state=ShardState.RECOVERING,
-        last_active=last_active, attempts=attempts,
+        shard, epoch=epoch, token=token, members=roles.members, primary=roles.primary,
+        learners=roles.learners, state=ShardState.RECOVERING, last_active=last_active,
+        attempts=attempts,
     )  # fmt: skip

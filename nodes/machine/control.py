@@ -1,21 +1,26 @@
-"""Messages on a node's inbox: hello, seal, open, active, sql (DESIGN.md, "Life of a replica")."""
+"""Messages between nodes and from coordinators (DESIGN.md, "Life of a replica")."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from bus_kv.core.machine import LogRead
 from bus_kv.errors import BusKVError
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
-from bus_kv.protocol.messages import record_from_wire, seal_from_wire
-from nodes.machine.replica import Status
+from bus_kv.protocol.entry import decode_entry
+from bus_kv.protocol.messages import position_from_wire, record_from_wire, seal_from_wire
+from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document, to_document
+from nodes.machine.replica import LEADING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import Received
+    from bus_kv.protocol.shard_map import Shard
     from nodes.machine.node import NodeMachine
     from nodes.machine.replica import Replica
+    from nodes.machine.tail import Position
 
     Reply: TypeAlias = Callable[[dict[str, Any]], None]
 
@@ -32,6 +37,9 @@ class Control:
                 "seal": self._on_seal,
                 "open": self._on_open,
                 "active": self._on_active,
+                "fetch": self._on_fetch,
+                "answers": self._on_answers,
+                "remembered": self._on_remembered,
                 "sql": self._on_sql,
             }[fields["type"]]
             handle(fields, partial(self._reply_control, message))
@@ -48,55 +56,133 @@ class Control:
             reply({"type": "here", "run": self._node.config.run})
 
     def _on_seal(self, fields: dict[str, Any], reply: Reply) -> None:
-        """Step 2: promise, durably, and report how far the log goes (R1)."""
+        """Step 2: promise, durably, and report how far the log goes: all that was or will be acknowledged (R1)."""
         seal = seal_from_wire(fields)
-        replica = self._node.replicas.get(seal.shard)
-        attempt = (seal.epoch, seal.token)
-        if seal.incarnation != self._node.config.incarnation or replica is None:
+        node = self._node
+        replica = node.replicas.get(seal.record.id)
+        attempt = (seal.record.epoch, seal.record.token)
+        if seal.incarnation != node.config.incarnation or replica is None:
             return reply({"type": "refused", "reason": "this replica is not here"})
-        if attempt == replica.promised and seal.epoch == replica.opened_epoch:
+        if attempt == replica.promised and attempt[0] == replica.opened_epoch:
             return None  # a late repeat: this attempt has gone on to its opening
-        if attempt != replica.promised and seal.epoch <= replica.promised[0]:
+        if attempt != replica.promised and attempt[0] <= replica.promised[0]:
             return reply(_promised_more(replica))
-        self._node.stop_serving(replica)
-        replica.promise(*attempt)
+        forgotten = self._forgotten_by(seal.record, replica)
+        if forgotten is not None:
+            return reply(forgotten)
+        if attempt != replica.promised:
+            replica.promise(*attempt)
         report = {
-            "type": "sealed", "shard": seal.shard, "epoch": seal.epoch, "token": seal.token,
-            "incarnation": self._node.config.incarnation, "last": replica.last,
+            "type": "sealed", "shard": replica.shard.id, "epoch": attempt[0], "token": attempt[1], "last": replica.last,
             "commit_seq": replica.commit_seq,
         }  # fmt: skip
-        return self._node.persist(replica, lambda: reply(report))
+        return node.when_durable(lambda: reply(report))
+
+    def _forgotten_by(self, record: Shard, replica: Replica) -> dict[str, Any] | None:
+        """A refusal when the map that asks has forgotten something that this node remembers (R10)."""
+        last = record.last_active
+        known = self._node.map.shards.get(record.id)
+        active_epoch = max(
+            record.epoch if record and record.state is ShardState.ACTIVE else 0
+            for record in (known, replica.shard)
+        )
+        if last is None:
+            return None
+        tokens = {token for _, token in (*record.attempts, (0, last.token), (0, record.token))}
+        older = replica.promised[0] < last.epoch
+        if (older or replica.promised[1] in tokens) and active_epoch <= last.epoch:
+            return None
+        return {
+            "type": "refused", "reason": "the map has forgotten what this replica knows",
+            "forgotten": shard_to_document(known or replica.shard),
+        }  # fmt: skip
 
     def _on_open(self, fields: dict[str, Any], reply: Reply) -> None:
-        """Step 3: begin the epoch as its primary."""
-        shard = record_from_wire(fields)
-        member = shard.member(self._node.config.id)
-        if member is None or member.incarnation != self._node.config.incarnation:
+        """Step 3: take over the longest of the sealed logs, then begin the epoch as its primary."""
+        shard, node = record_from_wire(fields), self._node
+        member = shard.member(node.config.id)
+        if member is None or member.incarnation != node.config.incarnation:
             return reply({"type": "refused", "reason": "this replica is not here"})
-        replica = self._node.replicas.get(shard.id)
+        replica = node.replicas.get(shard.id)
         if replica is None and shard.last_active is not None:
             return reply({"type": "refused", "reason": "the shard has a past that is not here"})
-        replica = replica or self._node.new_replica(shard)
+        replica = replica or node.new_replica(shard)
         opened = {"type": "opened", "shard": shard.id, "epoch": shard.epoch, "token": shard.token}
         attempt = (shard.epoch, shard.token)
-        if attempt == replica.promised and replica.status in (Status.OPENED, Status.ACTIVE):
-            return reply(opened)
-        if attempt == replica.promised and replica.status is Status.OPENING:
-            return None
+        if attempt == replica.promised and replica.status in LEADING:
+            return reply(opened) if replica.is_opened else None
         if shard.epoch <= replica.opened_epoch:
             return reply(_promised_more(replica))
         if attempt != replica.promised and shard.epoch <= replica.promised[0]:
             return reply(_promised_more(replica))
-        self._node.stop_serving(replica)
-        replica.open(shard, self._node.now_ns // 1_000_000)
-        return self._node.persist(replica, lambda: self._after_open(replica, lambda: reply(opened)))
+        if attempt != replica.promised:
+            replica.promise(*attempt)
+        return self._take_over(replica, shard, fields, lambda: reply(opened))
 
-    def _after_open(self, replica: Replica, tell: Callable[[], None]) -> None:
-        tell()
-        self._node.beat()
-        shard = self._node.map.shards.get(replica.shard.id)
-        if shard is not None:
-            self._node.follow(replica, shard)
+    def _take_over(
+        self, replica: Replica, shard: Shard, fields: dict[str, Any], tell: Callable[[], None]
+    ) -> None:
+        def begin() -> None:
+            if replica.promised == (shard.epoch, shard.token) and not replica.replication:
+                replica.open(shard, self._node.now_ns // 1_000_000, opened)
+
+        def opened() -> None:
+            tell()
+            self._node.beat()
+            known = self._node.map.shards.get(shard.id)
+            if known is not None:
+                self._node.follow(known)
+
+        best = position_from_wire(fields["best"])
+        if replica.last >= best:
+            return begin()
+        return replica.pull.start(Member(*fields["source"]), best, begin)
+
+    def _on_fetch(self, fields: dict[str, Any], reply: Reply) -> None:
+        """Another replica asks for the log behind a place that it has (`Pull`)."""
+        replica = self._node.replicas.get(fields["shard"])
+        attempt = (fields["epoch"], fields["token"])
+        here = fields["incarnation"] == self._node.config.incarnation
+        if replica is None or not here or replica.promised != attempt:
+            return reply({"type": "refused", "reason": "this replica is not in that epoch"})
+        after = position_from_wire(fields["after"])
+        read = LogRead(0, replica.shard.id, after, self._node.sizes.entry)
+        return self._node.ask(read, partial(_answer_fetch, replica, after, reply))
+
+    def on_answer(self, then: Callable[[dict[str, Any]], None], body: bytes | None) -> None:
+        """The answer to a question of one of the replicas."""
+        try:
+            if body is not None:
+                then(decode_cbor(body))
+        except (BusKVError, KeyError, TypeError, ValueError, AttributeError, IndexError):
+            return  # what is not understood is as good as lost: it is asked again
+
+    def on_replicate(self, message: Received) -> None:
+        """A primary's entries, commit_seq and confirm round, for all its replicas at once."""
+        replica = self._node.replicas.get(message.name)
+        try:
+            if replica is not None:
+                replica.on_append(decode_cbor(message.body))
+        except (BusKVError, KeyError, TypeError, ValueError, AttributeError, IndexError):
+            return  # as good as lost: the primary will remind
+
+    def _on_answers(self, fields: dict[str, Any], reply: Reply) -> None:
+        """What backups tell the primary."""
+        del reply
+        for item in fields["items"]:
+            replica = self._node.replicas.get(item["shard"])
+            if replica is None:
+                continue
+            if item["type"] == "matched":
+                replica.on_replica_answer(item)
+            else:
+                self._node.fetch_map()  # a replica has promised more: a newer epoch has begun
+
+    def _on_remembered(self, fields: dict[str, Any], reply: Reply) -> None:
+        """The newest map that this node has seen (R10)."""
+        del fields
+        records = [shard_to_document(r.shard) for r in self._node.replicas.values()]
+        reply({"map": to_document(self._node.map), "records": records})
 
     def _on_sql(self, fields: dict[str, Any], reply: Reply) -> None:
         """A query over the shards that this node serves, for another node's gateway."""
@@ -111,11 +197,26 @@ class Control:
         """Step 4, told directly: the record is ACTIVE."""
         del reply
         shard = record_from_wire(fields)
-        replica = self._node.replicas.get(shard.id)
-        if replica is not None:
-            self._node.follow(replica, shard)
+        if shard.id in self._node.replicas:
+            self._node.follow(shard)
         self._node.fetch_map()
 
 
 def _promised_more(replica: Replica) -> dict[str, Any]:
     return {"type": "refused", "reason": "promised more", "promised": replica.promised}
+
+
+def _answer_fetch(
+    replica: Replica, after: Position, reply: Reply, rows: list[Any], failure: str | None
+) -> None:
+    if failure is not None:
+        return reply({"type": "refused", "reason": failure})
+    have, entries = rows
+    begins = decode_entry(entries[0].body).previous if entries else after
+    have = begins if have is None else (have[0], have[1])
+    if have == after:
+        bodies = [row.body for row in entries]
+        return reply({"type": "entries", "entries": bodies, "last": replica.last})
+    if have[1] <= after[1]:
+        return reply({"type": "elsewhere", "have": have})
+    return reply({"type": "trimmed"})

@@ -138,6 +138,15 @@ class DedupWindow:
         client.span_max = max(client.span_max, last - first)
         self._by_age.append((client_id, run))
 
+    def forget_after(self, seq: int) -> None:
+        """The log may be cut behind `seq`: what stands there has not happened until it is committed."""
+        while self._by_age and self._by_age[-1][1].first > seq:
+            client_id, run = self._by_age.pop()
+            client = self._clients[client_id]
+            client.runs.remove(run)
+            left = [other.numbers[-1] for other in client.runs]
+            client.newest = max(client.on_disk, *left) if left else client.on_disk
+
     def leave_to_disk(self, folded: int) -> None:
         """Let runs go that the state on disk has, those with a seq up to `folded`, once there are too many."""
         while len(self._by_age) > self._knobs.dedup_runs_max and self._by_age[0][1].first <= folded:

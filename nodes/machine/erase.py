@@ -32,7 +32,7 @@ def erase(
     and a copy that comes while the first is under way waits for the result of that.
     """
     assert request.erase is not None
-    waiting = replica.erasing.setdefault(request.erase, [])
+    waiting = replica.writer.erasing.setdefault(request.erase, [])
     waiting.append(respond)
     if len(waiting) > 1:
         return None
@@ -41,11 +41,11 @@ def erase(
     probe = _batch(request, [request.start] * count)
     probe.conditions = dict.fromkeys(range(count), NO_VERSION)
     told = partial(_on_probe, replica, request, epoch, deadline_ns, respond)
-    return replica.submit(probe, b"", epoch, deadline_ns, told)
+    return replica.writer.submit(probe, b"", epoch, deadline_ns, told)
 
 
 def _tell_all(replica: Replica, id: tuple[str, int], outcome: dict[str, Any] | BusKVError) -> None:
-    for respond in replica.erasing.pop(id):
+    for respond in replica.writer.erasing.pop(id):
         respond(dict(outcome) if isinstance(outcome, dict) else outcome)
 
 
@@ -84,7 +84,7 @@ def _delete(
         return respond({"deleted": 0, "version": None, "next": page["next"]})
     batch = _batch(request, keys)
     done = partial(_tell, respond, page["next"])
-    return replica.submit(batch, batch.encode(), epoch, deadline_ns, done)
+    return replica.writer.submit(batch, batch.encode(), epoch, deadline_ns, done)
 
 
 def _batch(request: ScanRequest, keys: list[bytes]) -> Batch:

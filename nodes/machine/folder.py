@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from nodes.machine.table import Table
 
 
+KEPT_STEP_BYTES = 16 << 10
+"""Small entries are counted together: the log forgets them in steps of about this size."""
+
+
 class Folder:
     def __init__(
         self, shard: str, keyspace: str, mark: Mark, table: Table, lifetimes: Lifetimes,
@@ -48,8 +52,10 @@ class Folder:
         self._batches += batches
         self._end = end
         self.bytes += entry_bytes
-        self._kept.append((end.last, entry_bytes))
         self._kept_bytes += entry_bytes
+        if self._kept and self._kept[-1][1] < KEPT_STEP_BYTES:
+            entry_bytes += self._kept.pop()[1]
+        self._kept.append((end.last, entry_bytes))
         if self._since_ns is None:
             self._since_ns = now_ns
 
@@ -105,13 +111,18 @@ class Folder:
         for then in reached:
             then()
 
-    def trim(self) -> Trim | None:
-        """What the log may forget: entries behind the mark, the oldest first, once it keeps more than it should."""
-        last = 0
-        while (
-            len(self._kept) > 1 and self._kept_bytes > self._knobs.log_keep_bytes
-            and self._kept[0][0] <= self.mark.last
-        ):  # fmt: skip
-            last, size = self._kept.popleft()
+    def trim(self, others_have: int) -> Trim | None:
+        """What the log may forget: entries behind the mark, the oldest first, once it keeps more than it should.
+
+        What another member lacks (beyond `others_have`) is kept longer, until the log is very long.
+        """
+        last, knobs = 0, self._knobs
+        while len(self._kept) > 1 and self._kept_bytes > knobs.log_keep_bytes:
+            seq, size = self._kept[0]
+            lacking = seq > others_have and self._kept_bytes <= knobs.log_bytes_max
+            if seq > self.mark.last or lacking:
+                break
+            last = seq
+            self._kept.popleft()
             self._kept_bytes -= size
         return Trim(self._shard, last) if last else None

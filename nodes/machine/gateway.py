@@ -248,7 +248,7 @@ class Gateway:
         else:
             assert not isinstance(request, DataRequest)
             form = "history" if isinstance(request, HistoryRequest) else "scan"
-            body[form] = request.to_wire()
+            body |= {form: request.to_wire(), "consistency": request.consistency}
         correlation = self._node.request_shard(shard.id, encode_cbor(body))
         self._parts[correlation] = part
         self._wake(correlation, now_ns + self._knobs.suspect_after_ms * MILLISECOND_NS, part)

@@ -137,7 +137,7 @@ class Judge:
         found = [self.records.get(i) for i in range(len(self.batch))]
         self.reply.values = [None if r is None else r[0] for r in found]
         self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
-        fit_values(self.reply, self.replica.reply_bytes_max - RESULT_BYTES * len(self.batch))
+        fit_values(self.reply, self.replica.sizes.entry - RESULT_BYTES * len(self.batch))
 
 
 def put_record(batch: Batch, i: int, epoch: int, seq: int, time_ms: int) -> Record:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.deadlines import Deadlines
@@ -17,6 +18,7 @@ from bus_kv.core.machine import (
     Append,
     AppendCompleted,
     AppendStalled,
+    CutRow,
     EntryRow,
     FoldStalled,
     Halt,
@@ -58,12 +60,14 @@ from bus_kv.protocol.requests import (
     parse_request,
 )
 from bus_kv.protocol.shard_map import (
+    Member,
     Shard,
     ShardMap,
     ShardState,
     apply_delta,
     from_document,
     shard_from_document,
+    to_document,
 )  # fmt: skip
 from bus_kv.protocol.sizes import Sizes
 from nodes.machine import views
@@ -72,19 +76,30 @@ from nodes.machine.erase import erase
 from nodes.machine.fit import encode_fitting
 from nodes.machine.gateway import Gateway
 from nodes.machine.map_reader import MapReader
-from nodes.machine.replica import Past, Replica, Status
+from nodes.machine.replica import Past, Ports, Replica, Status
 from nodes.machine.shard_requests import ShardRequests
 from nodes.machine.sql import SqlGateway
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import Effect, Event, Fold, Query
+    from bus_kv.core.machine import Effect, Event, Fold, LogRead, Query
     from bus_kv.protocol.batch import Batch
     from bus_kv.protocol.requests import PageRequest
     from bus_kv.subjects import Subjects
-    from nodes.machine.replica import Respond
+    from nodes.machine.writer import Respond
 
+CHANNELS = {
+    Status.RESTARTED: ("replicate",),
+    Status.PROMISED: ("replicate",),
+    Status.FOLLOWING: ("replicate", "read"),
+    Status.OPENING: (),
+    Status.OPENED: (),
+    Status.ACTIVE: ("shard", "read"),
+}
+"""The subjects of a shard that a replica listens on."""
+CALL_NS = 10 * SECOND_NS
+"""Answers of other nodes are not expected any more after this."""
 HELLO_WAIT_NS = 300 * MILLISECOND_NS
 """How long a starting node waits for another process to say that it has the same id."""
 ENDPOINTS = (*VERBS, "shard")
@@ -130,12 +145,16 @@ class NodeMachine:
         self._operations = 0
         """Taken on since the last Ready."""
         self._effects: list[Effect] = []
-        self._rows: dict[str, ReplicaRow] = {}
         self._after_rows: list[Callable[[], None]] = []
-        """What to do when the replica rows of this turn are durable."""
-        self._appended: deque[tuple[int, list[tuple[Replica, int]], list[Callable[[], None]]]] = (
-            deque()
-        )
+        """What to do when what is appended in this turn is durable."""
+        self._appended: deque[tuple[int, list[Replica], list[Callable[[], None]]]] = deque()
+        self._map_changed = False
+        self._listening: dict[str, tuple[str, ...]] = {}
+        """Shard -> channels."""
+        self._tells: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+        """Node -> (type, shard) -> what it is told at the end of the turn."""
+        self._calls: dict[int, tuple[int, Callable[[dict[str, Any]], None]]] = {}
+        """Questions to other nodes: until when, and who waits."""
         self._ticket = 0
         self._asked: dict[int, Callable[[list[Any], str | None], None]] = {}
         """Who waits for the state's answer to which ticket."""
@@ -152,16 +171,23 @@ class NodeMachine:
         return replica
 
     def new_replica(self, shard: Shard, past: Past | None = None) -> Replica:
+        ports = Ports(self.ask, lambda: self.now_ns, self._tell, self.call)
         replica = Replica(
-            shard, self.config.id, self.knobs, self.sizes, past or Past(), self.ask,
-            lambda: self.now_ns,
+            shard, self.config.id, self.config.incarnation, self.knobs, self.sizes, past or Past(),
+            ports,
         )  # fmt: skip
         self.replicas[shard.id] = replica
         for held in self.replicas.values():
             held.table.cache_bytes_max = self.knobs.cache_bytes // len(self.replicas)
         return replica
 
-    def ask(self, query: Query | Fold, then: Callable[[list[Any], str | None], None]) -> None:
+    def restore_map(self, document: dict[str, Any]) -> None:
+        """The newest map that the disk remembers."""
+        self.map = from_document(document)
+
+    def ask(
+        self, query: Query | Fold | LogRead, then: Callable[[list[Any], str | None], None]
+    ) -> None:
         """Put a query to the state on disk; `then` gets its rows, or why there are none."""
         query.ticket = self._next_ticket()
         self._asked[query.ticket] = then
@@ -179,6 +205,8 @@ class NodeMachine:
     def _run(self) -> None:
         self._running, self._hello = True, None
         self._effects.append(Subscribe("verb", "", True))
+        for shard in self.map.shards.values():
+            self.follow(shard)
         self.fetch_map()
         self.beat()
 
@@ -260,29 +288,57 @@ class NodeMachine:
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
         self._operations = 0
-        entries: list[EntryRow] = []
-        ends: list[tuple[Replica, int]] = []
+        entries: list[EntryRow | CutRow] = []
+        rows: list[ReplicaRow] = []
+        handed: list[Replica] = []
         for replica in self.replicas.values():
-            rows = replica.take_entries()
-            if rows:
-                entries += rows
-                ends.append((replica, rows[-1].last))
+            added, row = replica.take_rows()
+            if added or row is not None:
+                handed.append(replica)
+                entries += added
+                rows += [row] if row is not None else []
+            self._send_to_replicas(replica)
             trim = replica.end_turn()
             if trim is not None:
                 self._effects.append(trim)
+            self._listen(replica)
         append = None
-        if entries or self._rows:
-            append = Append(self._next_ticket(), entries, list(self._rows.values()))
-            self._appended.append((append.ticket, ends, self._after_rows))
-            self._rows, self._after_rows = {}, []
+        if entries or rows or self._after_rows or self._map_changed:
+            map = to_document(self.map) if self._map_changed else None
+            append = Append(self._next_ticket(), entries, rows, map)
+            self._appended.append((append.ticket, handed, self._after_rows))
+            self._after_rows, self._map_changed = [], False
+        self._send_tells()
         effects, self._effects = self._effects, []
         return Ready(effects, append)
 
+    def _send_to_replicas(self, replica: Replica) -> None:
+        subject = self.config.subjects.shard_replicate(replica.shard.id)
+        for message in replica.take_messages():
+            self._effects.append(Publish(subject, encode_cbor(message)))
+
+    def _send_tells(self) -> None:
+        for node, items in self._tells.items():
+            body = encode_cbor({"type": "answers", "items": [*items.values()]})
+            self._effects.append(Publish(self.config.subjects.node_inbox(node), body))
+        self._tells = {}
+
+    def _listen(self, replica: Replica) -> None:
+        """Subscribe to what the replica's status calls for."""
+        shard = replica.shard.id
+        wanted = CHANNELS[replica.status] if self._running else ()
+        before = self._listening.get(shard, ())
+        if wanted != before:
+            self._listening[shard] = wanted
+            changes = [(c, False) for c in before if c not in wanted]
+            changes += [(c, True) for c in wanted if c not in before]
+            self._effects += [Subscribe(channel, shard, on) for channel, on in changes]
+
     def _on_durable(self, ticket: int) -> None:
         while self._appended and self._appended[0][0] <= ticket:
-            _, ends, callbacks = self._appended.popleft()
-            for replica, last in ends:
-                replica.on_durable(last)
+            _, handed, callbacks = self._appended.popleft()
+            for replica in handed:
+                replica.on_durable()
             for callback in callbacks:
                 callback()
 
@@ -290,8 +346,10 @@ class NodeMachine:
 
     def _on_message(self, message: Received) -> None:
         match message.channel:
-            case "shard":
+            case "shard" | "read":
                 self._shard_requests.on_request(message)
+            case "replicate":
+                self._control.on_replicate(message)
             case "verb":
                 self._on_verb(message)
             case "node":
@@ -354,12 +412,16 @@ class NodeMachine:
     # ---- the way to the replicas, for the gateway and for requests on a shard's subject ----
 
     def submit(
-        self, shard: str, batch: Batch, raw: bytes, epoch: int, deadline_ns: int, respond: Respond
-    ) -> None:
-        """Check a batch and hand it to the replica that serves its shard; `respond` is called by `deadline_ns`."""
+        self, shard: str, batch: Batch, raw: bytes, epoch: int | None, deadline_ns: int,
+        respond: Respond,
+    ) -> None:  # fmt: skip
+        """Check a batch and hand it to the replica that serves its shard; `respond` is called by `deadline_ns`.
+
+        `epoch` None: gets at ONE, which any replica answers.
+        """
         try:
             check_batch(batch, self.sizes)
-            replica = self._serving_or_raise(shard)
+            replica = self._serving_or_raise(shard, any=epoch is None)
             if len(raw) > self.sizes.batch:
                 raise ValueTooLarge(
                     f"a batch has at most {self.sizes.batch} bytes; send less at once"
@@ -369,10 +431,10 @@ class NodeMachine:
         except BusKVError as refusal:
             return respond(refusal)
         self._operations += len(batch)
-        return replica.submit(batch, raw, epoch, deadline_ns, respond)
+        return replica.writer.submit(batch, raw, epoch, deadline_ns, respond)
 
     def page(
-        self, shard: str, request: PageRequest, epoch: int, deadline_ns: int,
+        self, shard: str, request: PageRequest, epoch: int | None, deadline_ns: int,
         respond: Callable[[dict[str, Any] | BusKVError], None],
     ) -> None:  # fmt: skip
         """A page of a shard's part of a range or of a key's history, or the deletion of one."""
@@ -385,11 +447,14 @@ class NodeMachine:
         if self.fold_stalled and (isinstance(request, HistoryRequest) or request.count_only):
             return respond(self.cannot_fold())
         late = ShardUnavailable(f"the disk of shard {shard} takes too long; send it again")
+        assert epoch is not None, "any replica answers gets only"
         respond = self._pages.guard(deadline_ns, respond, late)
+        level = request.consistency or "quorum"
+        confirmed = partial(_confirm, replica, level, deadline_ns, respond)
         if isinstance(request, HistoryRequest):
-            return replica.history.read(request, epoch, respond)
+            return replica.history.read(request, epoch, confirmed)
         if request.erase is None:
-            return replica.scans.scan(request, epoch, respond)
+            return replica.scans.scan(request, epoch, confirmed)
         if self.stalled:
             return respond(self._cannot_write())
         return erase(replica, request, epoch, deadline_ns, respond)
@@ -401,9 +466,9 @@ class NodeMachine:
     def _cannot_write(self) -> BusKVError:
         return ShardUnavailable(f"node {self.config.id} cannot write its log: {self.stalled}")
 
-    def _serving_or_raise(self, shard: str) -> Replica:
-        replica = self.serving(shard)
-        if replica is None:
+    def _serving_or_raise(self, shard: str, any: bool = False) -> Replica:
+        replica = self.replicas.get(shard)
+        if replica is None or not (any or replica.is_active):
             raise NotPrimary(f"shard {shard} is not served here; read the map")
         return replica
 
@@ -451,16 +516,18 @@ class NodeMachine:
     def _adopt(self, map: ShardMap) -> None:
         if map.map_version <= self.map.map_version:
             return
-        self.map = map
-        for shard in map.shards.values():
-            replica = self.replicas.get(shard.id)
-            if replica is not None:
-                self.follow(replica, shard)
+        self.map, self._map_changed = map, True
+        if self._running:
+            for shard in map.shards.values():
+                self.follow(shard)
         self._gateway.on_map(self.now_ns)
 
-    def follow(self, replica: Replica, shard: Shard) -> None:
-        """Do what a record says: serve when it is the own attempt, stop when another configuration is active."""
+    def follow(self, shard: Shard) -> None:
+        """Do what a record says: hold a replica, serve when it is the own attempt, stop when another one is active."""
+        replica = self.replicas.get(shard.id)
         keyspace = self.map.keyspaces.get(shard.keyspace)
+        if replica is None:
+            return self._create_if_named(shard)
         if keyspace is None:
             return self.fetch_map()
         replica.policy = keyspace.policy
@@ -468,22 +535,24 @@ class NodeMachine:
         if shard.state is not ShardState.ACTIVE:
             return None
         own = (shard.epoch, shard.token) == replica.promised and shard.primary == self.config.id
-        if own and replica.status is Status.OPENED:
+        if own and replica.status is Status.OPENED and replica.is_opened:
             replica.activate(shard)
-            self._effects.append(Subscribe("shard", shard.id, True))
             self.beat()
-        elif shard.epoch > replica.shard.epoch and replica.status is Status.ACTIVE:
-            self.stop_serving(replica)
-            replica.status = Status.RESTARTED
-            replica.fail_waiting("another configuration of the shard is active")
+        elif shard.epoch > replica.promised[0]:
+            replica.step_down("another configuration of the shard is active")
+        if shard.epoch >= replica.promised[0] and shard.primary != self.config.id:
+            replica.shard = shard
         return None
 
-    def stop_serving(self, replica: Replica) -> None:
-        if replica.status is Status.ACTIVE:
-            self._effects.append(Subscribe("shard", replica.shard.id, False))
+    def _create_if_named(self, shard: Shard) -> None:
+        """A replica is made with its shard or as a learner, and has promised the epoch that makes it (R8)."""
+        own = Member(self.config.id, self.config.incarnation)
+        if own in shard.members or own in shard.learners:
+            self.new_replica(shard).promise(shard.epoch, shard.token)
+            self.beat()
 
-    def persist(self, replica: Replica, then: Callable[[], None]) -> None:
-        self._rows[replica.shard.id] = replica.row()
+    def when_durable(self, then: Callable[[], None]) -> None:
+        """Call once everything that this turn hands to the log is durable."""
         self._after_rows.append(then)
 
     # ---- heartbeats ----
@@ -525,6 +594,19 @@ class NodeMachine:
             Halt(1, f"a newer process runs as node {self.config.id}; this one stops")
         )
 
+    # ---- other nodes ----
+
+    def _tell(self, node: str, fields: dict[str, Any]) -> None:
+        self._tells.setdefault(node, {})[(fields["type"], fields["shard"])] = fields
+
+    def call(
+        self, node: str, fields: dict[str, Any], then: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Ask a node; `then` gets its answer if one comes soon."""
+        self._calls = {c: call for c, call in self._calls.items() if call[0] > self.now_ns}
+        correlation = self.request_node(node, encode_cbor(fields))
+        self._calls[correlation] = (self.now_ns + CALL_NS, then)
+
     # ---- answers and plumbing ----
 
     def _next_ticket(self) -> int:
@@ -548,6 +630,8 @@ class NodeMachine:
         return correlation
 
     def _on_response(self, correlation: int, body: bytes | None) -> None:
+        if correlation in self._calls:
+            return self._control.on_answer(self._calls.pop(correlation)[1], body)
         if correlation != self._hello or body is None:
             if not self.sql.on_response(correlation, body):
                 self._gateway.on_response(correlation, body)
@@ -570,6 +654,16 @@ class NodeMachine:
         body = {"node": record.primary, "shard": shard, "by": self.config.id, "reason": reason}
         subject = self.config.subjects.suspect_event(record.primary)
         self._effects.append(Publish(subject, encode_json(body)))
+
+
+def _confirm(
+    replica: Replica, level: str, deadline_ns: int,
+    respond: Callable[[dict[str, Any] | BusKVError], None], page: dict[str, Any] | BusKVError,
+) -> None:  # fmt: skip
+    """What was read is told once it is known that no later epoch had begun (R5)."""
+    if isinstance(page, BusKVError):
+        return respond(page)
+    return replica.answer_read(level, deadline_ns, respond, page, replica.commit_seq)
 
 
 def _report(replica: Replica) -> ReplicaReport:

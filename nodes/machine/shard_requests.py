@@ -1,5 +1,7 @@
 """Requests on a shard's own subject: the columnar form of nodes and clients, and the contract's readable form.
 
+On the subject of any replica (`.read`) the first two forms carry gets, and no epoch.
+
 {"epoch": 3, "batch": <encoded batch>}                      -> {"batch": {outcomes, epochs, seqs, …}}
 {"epoch": 3, "ops": [{"op": "put", …}], "request_id": …}    -> {"results": […]}
 {"epoch": 3, "scan": {start, end, limit, reverse, …}}       -> {"items": […], "next": position or null}
@@ -12,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.errors import BusKVError, MalformedRequest
-from bus_kv.protocol.batch import Batch, BatchReply, decode_batch
+from bus_kv.protocol.batch import GET, Batch, BatchReply, decode_batch
 from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
 from bus_kv.protocol.requests import (
     parse_common,
@@ -62,26 +64,32 @@ class ShardRequests:
         self._node.answer("shard", message, codec, result, since_ns)
 
     def _dispatch(self, message: Received, answer: Answer) -> None:
-        fields = self._fields(message.body)
-        shard, epoch, node = message.name, fields["epoch"], self._node
+        any = message.channel == "read"
+        fields = self._fields(message.body, any)
+        shard, epoch, node = message.name, fields.get("epoch"), self._node
         deadline_ns = node.now_ns + node.answer_within_ns
         if "scan" in fields:
             scan = parse_shard_scan(fields["scan"])
+            scan.consistency = fields.get("consistency")
             return node.page(shard, scan, epoch, deadline_ns, answer)
         if "history" in fields:
             history = parse_shard_history(fields["history"])
+            history.consistency = fields.get("consistency")
             return node.page(shard, history, epoch, deadline_ns, answer)
         if "batch" in fields:
             raw = fields["batch"]
             if type(raw) is not bytes:
                 raise MalformedRequest("batch is not a byte string")
             respond = partial(_answer_batch, answer)
-            return node.submit(shard, decode_batch(raw), raw, epoch, deadline_ns, respond)
+            batch = _read_at_one(decode_batch(raw)) if any else decode_batch(raw)
+            return node.submit(shard, batch, raw, epoch, deadline_ns, respond)
         batch = self._operations(fields)
+        if any:
+            batch = _read_at_one(batch)
         respond = partial(self._answer_operations, batch, shard, answer)
         return node.submit(shard, batch, batch.encode(), epoch, deadline_ns, respond)
 
-    def _fields(self, body: bytes) -> dict[str, Any]:
+    def _fields(self, body: bytes, any: bool) -> dict[str, Any]:
         """Decode one request; the columnar form is left alone, since its bytes are what the log keeps."""
         fields = decode_cbor(body) if codec_of(body) is Codec.CBOR else decode_body(body)[1]
         if "batch" not in fields:
@@ -89,7 +97,10 @@ class ShardRequests:
         unknown = [name for name in fields if name not in _FIELDS]
         if unknown:
             raise MalformedRequest(f"a shard request has no field {unknown[0]!r}")
-        if type(fields.get("epoch")) is not int:
+        if any:
+            if fields.keys() & {"epoch", "scan", "history"}:
+                raise MalformedRequest("a read of any replica takes ops or batch, and no epoch")
+        elif type(fields.get("epoch")) is not int:
             raise MalformedRequest("a shard request needs an epoch, a whole number")
         if sum(name in fields for name in ("batch", "ops", "scan", "history")) != 1:
             raise MalformedRequest("a shard request needs one of ops, batch, scan, history")
@@ -119,6 +130,13 @@ class ShardRequests:
         return answer(
             {"results": [result_of(batch, reply, i, shard, node) for i in range(len(batch))]}
         )
+
+
+def _read_at_one(batch: Batch) -> Batch:
+    if batch.kinds.count(GET) < len(batch):
+        raise MalformedRequest("replicas answer gets only; send writes to the primary")
+    batch.consistency = "one"
+    return batch
 
 
 def _answer_batch(answer: Answer, reply: BatchReply | BusKVError) -> None:

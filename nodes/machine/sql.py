@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from bus_kv.protocol.requests import SqlRequest
     from nodes.machine.node import NodeMachine
+    from nodes.machine.replica import Replica
 
     Answer = Callable[[dict[str, Any] | BusKVError], None]
 
@@ -81,6 +82,16 @@ class SqlGateway:
         if node.fold_stalled:
             return respond(node.cannot_fold())
 
+        deadline_ns = node.now_ns + node.knobs.page_within_ms * MILLISECOND_NS
+        failed: list[BusKVError] = []
+
+        def confirmed(replica: Replica, outcome: BusKVError | None) -> None:
+            """No later epoch had begun when the query came (R5): what this node has committed is the newest."""
+            if outcome is None:
+                return replica.folder.barrier(folded)
+            failed.append(outcome)
+            return respond(outcome) if len(failed) == 1 else None
+
         def folded() -> None:
             nonlocal waiting
             waiting -= 1
@@ -93,7 +104,8 @@ class SqlGateway:
 
         for replica in replicas:
             assert replica is not None
-            replica.folder.barrier(folded)
+            told = partial(confirmed, replica)
+            replica.answer_read("quorum", deadline_ns, told, None, replica.commit_seq)
         return None
 
     def on_response(self, correlation: int, body: bytes | None) -> bool:

@@ -11,13 +11,15 @@ import pytest
 
 from bus_kv.client import session
 from bus_kv.core.machine import Trim
-from bus_kv.knobs import Knobs
 from nodes.machine.dedup import DedupWindow
 from nodes.machine.folder import Folder
 from nodes.machine.judge import Judge
 from nodes.machine.lifetimes import Lifetimes
 from nodes.machine.loader import Loader
+from nodes.machine.node import NodeMachine
 from nodes.machine.replica import Replica, Status
+from nodes.machine.replication import Replication
+from nodes.machine.writer import Writer
 from tests.simulator.__main__ import run_many
 from tests.simulator.run import run
 from tests.simulator.world import Violation
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.protocol.batch import BatchReply
+    from bus_kv.protocol.shard_map import Shard
 
 SEEDS = int(os.environ.get("BUS_KV_SIM_SEEDS", "200"))
 
@@ -53,21 +56,26 @@ def _digest_in_a_process_of_its_own(seed: int, hash_seed: str) -> str:
 def ack_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer leaves while the log is still on its way to the disk."""
 
-    def answer(self: Replica, reply: BatchReply, deadline_ns: int, respond: Callable) -> None:
+    def answer(
+        self: Replica, consistency: str, deadline_ns: int, respond: Callable, reply: BatchReply
+    ) -> None:
         respond(reply)
 
-    monkeypatch.setattr(Replica, "_answer_at_end", answer)
+    monkeypatch.setattr(Replica, "answer_written", answer)
 
 
-def dedup_lost_at_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A restarted node has its data and has forgotten which requests made it."""
-    replay = Replica.replay
+def dedup_lost_at_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node knows only the requests that it has decided itself, not those of the log that it received or replayed."""
+    monkeypatch.setattr(Replica, "commit", forgetful_commit)
 
-    def forgetful(self: Replica, entry: object) -> None:
-        replay(self, entry)  # type: ignore[arg-type]
-        self._dedup = DedupWindow(Knobs(), (), 0)
 
-    monkeypatch.setattr(Replica, "replay", forgetful)
+def forgetful_commit(self: Replica, seq: int) -> None:
+    for segment in self.tail.segments:
+        segment.remembered = True
+    honest_commit(self, seq)
+
+
+honest_commit = Replica.commit
 
 
 def requests_on_disk_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +86,7 @@ def requests_on_disk_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def log_cut_before_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log forgets what the state on disk does not have yet."""
 
-    def trim(self: Folder) -> Trim | None:
+    def trim(self: Folder, others_have: int) -> Trim | None:
         return Trim(self._shard, self._end.last) if self._end.last > self.mark.last else None
 
     monkeypatch.setattr(Folder, "trim", trim)
@@ -111,34 +119,28 @@ def loaded_records_replace_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read is answered from writes that are not durable yet."""
 
-    monkeypatch.setattr(Replica, "_committed", lambda self, keys: [self.latest(k) for k in keys])
+    monkeypatch.setattr(Writer, "_committed", lambda self, keys: [self.latest(k) for k in keys])
 
 
 def restarted_primary_resumes_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that comes back goes on serving the epoch it had opened in its former life."""
-    from nodes.machine.node import NodeMachine
-
     follow = NodeMachine.follow
 
-    def resume(self: NodeMachine, replica: Replica, shard: object) -> None:
-        if replica.status is Status.RESTARTED:
-            replica.status = Status.OPENED
-        follow(self, replica, shard)  # type: ignore[arg-type]
+    def resume(self: NodeMachine, shard: Shard) -> None:
+        replica = self.replicas.get(shard.id)
+        own = shard.primary == self.config.id and shard.epoch == (replica and replica.opened_epoch)
+        if replica is not None and replica.status is Status.RESTARTED and own:
+            replication = Replication(shard, replica.node, replica.knobs, 1)
+            replication.match = dict.fromkeys(replication.match, replica.last[1])
+            replica.replication, replica.status = replication, Status.OPENED
+        follow(self, shard)
 
     monkeypatch.setattr(NodeMachine, "follow", resume)
 
 
 def seal_told_before_it_is_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """A promise is answered while it is on its way to the disk."""
-    from nodes.machine.node import NodeMachine
-
-    persist = NodeMachine.persist
-
-    def hasty(self: NodeMachine, replica: Replica, then: Callable[[], None]) -> None:
-        then()
-        persist(self, replica, lambda: None)
-
-    monkeypatch.setattr(NodeMachine, "persist", hasty)
+    monkeypatch.setattr(NodeMachine, "when_durable", lambda self, then: then())
 
 
 def expiry_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +165,9 @@ def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
     """A primary serves without having been told that its epoch is ACTIVE."""
     on_durable = Replica.on_durable
 
-    def serve(self: Replica, seq: int) -> None:
-        on_durable(self, seq)
-        if self.status is Status.OPENED:
+    def serve(self: Replica) -> None:
+        on_durable(self)
+        if self.status is Status.OPENED and self.is_opened:
             self.activate(self.shard)
 
     monkeypatch.setattr(Replica, "on_durable", serve)
@@ -176,7 +178,7 @@ def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
     ("plant", "promise"),
     [
         (ack_before_fsync, "durability|linearizability"),
-        (dedup_lost_at_restart, "exactly once"),
+        (dedup_lost_at_takeover, "exactly once"),
         (read_from_the_tail, "linearizability"),
         (restarted_primary_resumes_its_epoch, "R7"),
         (seal_told_before_it_is_durable, "R1"),

@@ -61,7 +61,7 @@ class Bus:
             self._answer(sender, reply, None)
         for subscription in chosen:
             name = subject.rpartition(".")[2]
-            if subscription.channel == "shard":
+            if subscription.channel in ("shard", "read", "replicate"):
                 name = subject.split(".")[-2]
             message = Received(subscription.channel, name, body, reply)
             self._deliver(sender.name, subscription.process, subscription.life, message)

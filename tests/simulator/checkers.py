@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import EntryRow
+    from nodes.machine.replica import Replica
     from nodes.machine.table import Record, Table
     from tests.simulator.state import Shard
     from tests.simulator.workload import Call
@@ -66,6 +67,15 @@ def read_log(rows: list[EntryRow]) -> list[Logged]:
     return logged
 
 
+def check_same(log: list[EntryRow], other: list[EntryRow], replica: Replica) -> None:
+    """A member's log is, byte for byte, the primary's up to what it has committed (R2)."""
+    for mine, its in zip(other, log, strict=False):
+        if mine.last <= replica.commit_seq and mine != its:
+            raise Violation(f"R2: {replica.node} has {mine} committed, the primary has {its}")
+    if (other[-1].last if other else 0) < replica.commit_seq:
+        raise Violation(f"R2: {replica.node} has less than it has committed")
+
+
 def check_exactly_once(log: list[Logged]) -> None:
     """No request stands in the log twice (R6)."""
     seen: dict[tuple[str, int, int], tuple[int, int]] = {}
@@ -85,7 +95,7 @@ def check_durability(log: list[Logged], history: list[Call]) -> None:
     at = {operation.version: operation for operation in log}
     values = {operation.value for operation in log}
     for call in history:
-        if call.kind == "get":
+        if call.kind == "get" or (call.level == "one" and call.outcome == "ok"):
             continue
         if call.outcome == "ok" and call.version is None and call.kind == "put":
             raise Violation(f"durability: {call} was acknowledged without a version")
@@ -117,7 +127,10 @@ def check_linearizable(log: list[Logged], history: list[Call]) -> None:
     """Per key: what was returned follows the log's order and real time."""
     invoked = {call.value: call.invoked_ns for call in history if call.value is not None}
     by_key: dict[bytes, list[Call]] = {}
+    versions = {operation.version for operation in log}
     for call in history:
+        if call.level == "one" and (call.kind == "get" or call.version not in versions):
+            continue  # a replica's own view; a write that only its primary had
         if call.outcome == "ok" or call.code == "PRECONDITION_FAILED":
             by_key.setdefault(call.key, []).append(call)
     for key, calls in sorted(by_key.items()):
@@ -140,7 +153,10 @@ class _Key:
             position = self._position(call, lower)
             if position is not None:
                 self._not_from_the_future(call, position)
-                finished.append((call.returned_ns, position))
+                if (
+                    call.level != "one"
+                ):  # else it may be committed, and seen, long after it returned
+                    finished.append((call.returned_ns, position))
 
     def _position(self, call: Call, lower: int) -> int | None:
         """The earliest state that the call can have seen or made; None when it tells nothing."""

@@ -9,6 +9,7 @@ import cbor2
 
 from bus_kv.client.session import Session
 from bus_kv.knobs import Knobs
+from bus_kv.protocol.codec import encode_json
 from bus_kv.protocol.shard_map import ShardState, from_document
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
@@ -47,7 +48,7 @@ class Shape:
 def draw_shape(world: World) -> Shape:
     random = world.random("shape")
     return Shape(
-        nodes=random.randint(1, 4),
+        nodes=random.choice([1, 2, 3, 3, 3, 4, 5]),
         coordinators=random.randint(1, 3),
         clients=random.randint(1, 3),
         loss=random.choice([0.0, 0.0, 0.01, 0.05]),
@@ -55,7 +56,8 @@ def draw_shape(world: World) -> Shape:
         lost_answers=random.choice([0.0, 0.02, 0.2]),
         fault_interval_ns=random.choice([300, 800, 2000]) * MILLISECOND_NS,
         knobs=Knobs(
-            heartbeat_interval_s=random.choice([0.3, 1.0, 5.0]),
+            replication_factor=random.choice([1, 2, 3, 3, 3, 5]),
+            heartbeat_interval_s=random.choice([0.1, 0.2, 0.5, 1.0]),
             layout_wait_s=0.5,
             lease_s=random.choice([0.5, 3.0]),
             inbox_messages_max=random.choice([8, 1000]),
@@ -64,7 +66,7 @@ def draw_shape(world: World) -> Shape:
             fold_interval_ms=random.choice([1, 50, 2000]),
             fold_bytes=random.choice([1, 1000, 100_000]),
             unfolded_bytes_max=random.choice([2000, 1_000_000]),
-            log_keep_bytes=random.choice([0, 1000]),
+            log_keep_bytes=1_000_000,
             dedup_runs_max=random.choice([0, 3, 1000]),
             client_window_messages=random.choice([1, 4]),
             answer_within_ms=random.choice([300, 1500]),
@@ -86,6 +88,8 @@ class Cluster:
         self.coordinators = [self._process(f"c{i + 1}", False) for i in range(shape.coordinators)]
         self.active: dict[tuple[str, int], tuple[str, int]] = {}
         """(shard, epoch) -> (node, life) that was seen serving it."""
+        self.committed: dict[tuple[str, int], int] = {}
+        """(shard, seq) of the end of a committed entry -> its epoch."""
         self._random = world.random("faults")
         self._tokens = world.random("tokens")
 
@@ -109,6 +113,7 @@ class Cluster:
         machine = CoordinatorMachine(config, self.shape.knobs)
         process.begin(machine)
         self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
+        self.bus.subscribe(process, "admin", self.subjects.any_admin)
         machine.start(process.now_ns)
 
     def start_node(self, process: Process) -> None:
@@ -117,6 +122,8 @@ class Cluster:
         run = (self.world.now_ns // MILLISECOND_NS, f"{process.name}{process.life:04d}")
         config = NodeConfig(process.name, disk.incarnation, run, self.subjects, MAX_PAYLOAD_BYTES)
         machine = NodeMachine(config, self.shape.knobs)
+        if disk.map is not None:
+            machine.restore_map(disk.map)
         for row in disk.replicas.values():
             state = disk.state.shard(row.shard)
             replica = machine.restore(row, Past(state.mark, [*state.clients.items()]))
@@ -126,11 +133,14 @@ class Cluster:
         process.begin(machine)
         process.tap = lambda message: self._check_leaving(process, message)
         process.refuse = machine.overloaded
+        process.after_turn = lambda: self.look(process)
         life = process.life
         disk.open(lambda event: process.receive(life, event))
         process.subjects = {
             "verb": (lambda _: self.subjects.any_verb, QUEUE),
             "shard": (self.subjects.shard_request, ""),
+            "read": (self.subjects.shard_read, QUEUE),
+            "replicate": (self.subjects.shard_replicate, ""),
         }
         self.bus.subscribe(process, "node", self.subjects.node_inbox(process.name))
         self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
@@ -164,6 +174,7 @@ class Cluster:
             self._cut,
             self._store_down,
             self._disk_full,
+            self._operate,
         ]
         # The first node is the one that gets the first shard: faults elsewhere teach less.
         victims = [self.nodes[0]] * 3 + self.nodes + self.coordinators
@@ -208,6 +219,19 @@ class Cluster:
         del process
         self.store.down_until_ns = self.world.now_ns + self._random.randint(0, 5 * SECOND_NS)
 
+    def _operate(self, process: Process) -> None:
+        """An operator has a primary replaced or moved, or changes the replication factor."""
+        node = self._random.choice(self.nodes).name
+        orders: list[tuple[str, dict[str, Any]]] = [
+            ("failover", {"shard": "s1"}),
+            ("transfer", {"shard": "s1", "to": node}),
+            ("config", {"replication_factor": self._random.choice([1, 2, 3, 3, 5])}),
+        ]
+        verb, fields = self._random.choice(orders)
+        self.world.note("operator", f"{verb} {fields}")
+        subject = f"{self.subjects.root}.admin.{verb}"
+        self.bus.publish(process, subject, encode_json(fields), f"_INBOX.{process.name}.0.0")
+
     def _disk_full(self, process: Process) -> None:
         if process.disk is not None:
             duration_ns = self._random.randint(0, 3 * SECOND_NS)
@@ -227,14 +251,22 @@ class Cluster:
 
     # ---- what is true ----
 
-    def watch(self) -> None:
-        """Look at the cluster now and then: at most one primary per epoch (R7)."""
-        for process in self.nodes:
-            if process.alive and isinstance(process.machine, NodeMachine):
-                for replica in process.machine.replicas.values():
-                    if replica.status is Status.ACTIVE:
-                        self._see_active(process, replica)
-        self.world.after(2 * MILLISECOND_NS, self.watch)
+    def look(self, process: Process) -> None:
+        """After a node's turn: at most one primary per epoch (R7), and what is committed stays (R3)."""
+        assert isinstance(process.machine, NodeMachine)
+        for replica in process.machine.replicas.values():
+            self._see_committed(process, replica)
+            if replica.status is Status.ACTIVE:
+                self._see_active(process, replica)
+
+    def _see_committed(self, process: Process, replica: Replica) -> None:
+        """What is committed is the same everywhere, and for ever (R3)."""
+        epoch, seq = replica.tail.base
+        known = self.committed.setdefault((replica.shard.id, seq), epoch)
+        if known != epoch:
+            raise Violation(
+                f"R3: {process.name} has committed seq {seq} of epoch {epoch}, another had {known}"
+            )
 
     def _check_leaving(self, process: Process, message: Publish) -> None:
         """A promise or an opening is told only when it is on disk (R1, step 3)."""
@@ -266,6 +298,31 @@ class Cluster:
         document = self.store.document("map")
         shards = from_document(document).shards.values() if document else ()
         return bool(shards) and all(map(self._serves, shards))
+
+    @property
+    def is_settled(self) -> bool:
+        """Every shard has all the members it should have, and all of them have all that is committed."""
+        return self.is_serving and all(map(self._is_settled, self.map().shards.values()))
+
+    def _is_settled(self, shard: Shard) -> bool:
+        map = self.map()
+        wanted = min(map.keyspaces[shard.keyspace].replication_factor, len(map.nodes))
+        replicas = [self.replica(member.node, shard.id) for member in shard.members]
+        ends = {(r.last, r.commit_seq) if r else None for r in replicas}
+        return len(shard.members) == wanted and not shard.learners and len(ends) == 1
+
+    def replica(self, node: str, shard: str) -> Replica | None:
+        machine = self.peers[node].machine
+        assert isinstance(machine, NodeMachine)
+        return machine.replicas.get(shard)
+
+    def holders(self, shard: str, version: tuple[int, int]) -> int:
+        """On how many disks an operation is durable."""
+        epoch, seq = version
+        return sum(
+            any(row.epoch == epoch and row.last >= seq for row in node.disk.archive.get(shard, ()))
+            for node in self.nodes if node.disk is not None
+        )  # fmt: skip
 
     def _serves(self, shard: Shard) -> bool:
         machine = self.peers[shard.primary].machine

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.machine import AppendCompleted, AppendStalled
+from bus_kv.core.machine import Answered, AppendCompleted, AppendStalled, CutRow, Trim
 from tests.simulator.state import State
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import Append, EntryRow, ReplicaRow, Trim
+    from bus_kv.core.machine import Append, EntryRow, LogRead, ReplicaRow
     from tests.simulator.world import World
 
 FSYNC_NS = (150 * MICROSECOND_NS, 900 * MICROSECOND_NS)
@@ -29,6 +29,8 @@ class Disk:
         self.state = State(world, name, self)
         self.replicas: dict[str, ReplicaRow] = {}
         self.incarnation = f"i{self._random.getrandbits(32):08x}"
+        self.map: dict[str, Any] | None = None
+        self._reads: list[LogRead] = []
         self._under_way: list[Append] = []
         self._waiting: list[Append] = []
         self._notify: Callable[[Any], None] = lambda _: None
@@ -64,18 +66,44 @@ class Disk:
         ticket = self._under_way[-1].ticket
         self._under_way = []
         self._notify(AppendCompleted(ticket))
+        self._answer_reads()
         if self._waiting:
             self._begin()
 
     def _keep(self, appends: list[Append]) -> None:
         for append in appends:
             for row in append.entries:
-                self.entries.setdefault(row.shard, []).append(row)
-                self.archive.setdefault(row.shard, []).append(row)
+                for log in (self.entries, self.archive):
+                    rows = log.setdefault(row.shard, [])
+                    if isinstance(row, CutRow):
+                        log[row.shard] = [entry for entry in rows if entry.last <= row.last]
+                    elif rows and rows[-1].last >= row.last:
+                        raise Violation(f"entry {row.last} is appended behind {rows[-1].last}")
+                    else:
+                        rows.append(row)
             for replica in append.replicas:
                 self.replicas[replica.shard] = replica
+            self.map = append.map or self.map
 
-    def trim(self, trim: Trim) -> None:
+    def do(self, effect: LogRead | Trim) -> None:
+        """A read is answered once everything that was appended before is durable."""
+        if isinstance(effect, Trim):
+            return self._trim(effect)
+        self._reads.append(effect)
+        if not self._under_way:
+            self._world.after(50 * MICROSECOND_NS, self._answer_reads)
+        return None
+
+    def _answer_reads(self) -> None:
+        reads, self._reads = self._reads, []
+        for read in reads:
+            epoch, seq = read.after
+            log = self.entries.get(read.shard, [])
+            have = [(row.epoch, row.last) for row in log if row.last <= seq and row.epoch <= epoch]
+            rows = [row for row in log if not have or row.last > seq][:5]
+            self._notify(Answered(read.ticket, [have[-1] if have else None, rows]))
+
+    def _trim(self, trim: Trim) -> None:
         mark = self.state.shard(trim.shard).mark
         if trim.last > mark.last:
             raise Violation(f"the log is trimmed up to {trim.last}, the state has it up to {mark}")
@@ -86,5 +114,5 @@ class Disk:
         self._life += 1
         if self._world.now_ns >= self.full_until_ns and self._random.random() < 0.5:
             self._keep(self._under_way)
-        self._under_way, self._waiting = [], []
+        self._under_way, self._waiting, self._reads = [], [], []
         self.state.crash()

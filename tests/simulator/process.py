@@ -10,6 +10,7 @@ from bus_kv.core.machine import (
     Fold,
     Halt,
     KeysAfter,
+    LogRead,
     Lookup,
     Publish,
     RangeCount,
@@ -63,6 +64,7 @@ class Process:
         """Answers a request that finds the inbox full; other messages are let in."""
         self.tap: Callable[[Publish], None] = lambda _: None
         """Sees every message that leaves, before it does."""
+        self.after_turn: Callable[[], None] = lambda: None
         self._skew_ns = 0
         self._random = world.random(f"process/{name}")
         self._turn_due = False
@@ -132,6 +134,7 @@ class Process:
             self.disk.append(ready.append)
         for effect in ready.effects:
             self._perform(effect)
+        self.after_turn()
         self._arm()
         if self.inbox:
             self.schedule()
@@ -170,9 +173,6 @@ class Process:
                     self.bus.subscribe(self, channel, subject(name), queue)
                 else:
                     self.bus.unsubscribe(self, subject(name))
-            case Trim():
-                assert self.disk is not None
-                self.disk.trim(effect)
             case (
                 Fold()
                 | Lookup()
@@ -184,6 +184,9 @@ class Process:
             ):
                 assert self.disk is not None
                 self.disk.state.submit(effect)
+            case LogRead() | Trim():
+                assert self.disk is not None
+                self.disk.do(effect)
             case Halt():
                 raise Violation(f"{self.name} halted: {effect.message}")
             case _:

@@ -11,9 +11,9 @@ from tests.simulator.cluster import Cluster, draw_shape
 from tests.simulator.workload import Call, Workload
 from tests.simulator.world import SECOND_NS, START_NS, Violation, World
 
-SAFETY_NS = 12 * SECOND_NS
-STABLE_NS = 12 * SECOND_NS
-LIVENESS_NS = 60 * SECOND_NS
+SAFETY_NS = 6 * SECOND_NS
+STABLE_NS = 4 * SECOND_NS
+LIVENESS_NS = 120 * SECOND_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +42,18 @@ def _run(world: World) -> Result:
     cluster = Cluster(world, shape)
     history: list[Call] = []
     cluster.start()
-    cluster.watch()
     workloads = [Workload(world, cluster, f"w{i}", 3, history) for i in range(shape.clients)]
-    world.run_until(START_NS + 2 * SECOND_NS)
+    world.run_until(START_NS + SECOND_NS)
     cluster.begin_faults()
     world.run_until(START_NS + SAFETY_NS)
     cluster.heal()
-    world.run_until(START_NS + SAFETY_NS + 2 * SECOND_NS)
+    world.run_until(START_NS + SAFETY_NS + SECOND_NS)
     for workload in workloads:
         workload.stopped = True
     end_ns = START_NS + SAFETY_NS + LIVENESS_NS
-    world.run_until(end_ns, done=lambda: cluster.is_serving and not any(w.open for w in workloads))
+    world.run_until(end_ns, done=lambda: cluster.is_settled and not any(w.open for w in workloads))
+    if not cluster.is_settled:
+        raise Violation(f"liveness: shards are not whole after healing: {cluster.map().public()}")
     epochs = cluster.map().last_epoch
     world.run_until(world.now_ns + STABLE_NS)
     if cluster.map().last_epoch != epochs:
@@ -84,7 +85,13 @@ def _check(cluster: Cluster, workloads: list[Workload], history: list[Call]) -> 
         checkers.check_durability(log, history)
         checkers.check_linearizable(log, history)
         checkers.check_expired(log, world_ms(cluster))
-        committed = [operation for operation in log if operation.version[1] <= replica.commit_seq]
-        state = process.disk.state.shard(shard.id)
-        checkers.check_state(committed, state)
-        checkers.check_table(committed, replica.table, state)
+        for member in shard.members:
+            own = cluster.peers[member.node]
+            copy = cluster.replica(member.node, shard.id)
+            assert copy is not None
+            assert own.disk is not None
+            checkers.check_same(process.disk.archive[shard.id], own.disk.archive[shard.id], copy)
+            committed = [op for op in log if op.version[1] <= copy.commit_seq]
+            state = own.disk.state.shard(shard.id)
+            checkers.check_state(committed, state)
+            checkers.check_table(committed, copy.table, state)

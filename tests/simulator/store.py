@@ -25,6 +25,8 @@ class Store:
         self.lost_answers = 0.0
         """Chance that a request is carried out and its answer never comes."""
         self.down_until_ns = 0
+        self.factor_min = 7
+        """The smallest replication factor that the map ever had."""
         self.active: set[tuple[str, int, str]] = set()
         """Every (shard, epoch, token) that the map ever held as ACTIVE."""
 
@@ -69,6 +71,8 @@ class Store:
         self._revision += 1
         text = json.dumps(effect.document)
         self._values[effect.key] = (self._revision, text)
+        for keyspace in effect.document.get("keyspaces", {}).values():
+            self.factor_min = min(self.factor_min, keyspace["replication_factor"])
         for shard in effect.document.get("shards", {}).values():
             if shard["state"] == "active":
                 self.active.add((shard["id"], shard["epoch"], shard["token"]))

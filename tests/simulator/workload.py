@@ -9,7 +9,7 @@ from bus_kv.client.results import Entry, Receipt
 from bus_kv.client.session import Session
 from bus_kv.errors import BusKVError, ConsistencyNotMet, from_body
 from bus_kv.protocol import batch as b
-from tests.simulator.world import MILLISECOND_NS
+from tests.simulator.world import MILLISECOND_NS, Violation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +39,7 @@ class Call:
     atomic: bool = False
     """Part of a batch that was to be done whole or not at all: refused also for its neighbours' sake."""
     if_version: Version | None = None
+    level: str = "quorum"
 
 
 class Workload:
@@ -46,6 +47,7 @@ class Workload:
         self, world: World, cluster: Cluster, name: str, workers: int, history: list[Call]
     ):
         self._world, self._history, self._name = world, history, name
+        self._cluster = cluster
         self._random = world.random(f"workload/{name}")
         self._process = cluster.start_client(name, self._done)
         self._count = 0
@@ -98,6 +100,7 @@ class Workload:
     def _submit(self, call: Call) -> None:
         kind = {"get": b.GET, "put": b.PUT, "delete": b.DELETE}[call.kind]
         level = self._random.choice([None, None, "one", "all"])
+        call.level = level or "quorum"
         self._session.submit(
             kind, call.key, call.value, call, self._process.now_ns,
             consistency=level, if_absent=call.if_absent, if_version=call.if_version,
@@ -159,10 +162,19 @@ class Workload:
             )
         self._think()
 
+    def _check_all(self, call: Call) -> None:
+        """ALL is answered only when every member has it, and there are as many as there should be (R4)."""
+        wanted = min(self._cluster.store.factor_min, len(self._cluster.map().nodes))
+        if call.version is None:
+            return
+        holders = self._cluster.holders("s1", call.version)
+        if holders < wanted:
+            raise Violation(f"R4: {call} was told as ALL, and is on {holders} disks of {wanted}")
+
     def _record(self, call: Call, outcome: Any) -> None:
         call.returned_ns = self._world.now_ns
         match outcome:
-            case ConsistencyNotMet():
+            case ConsistencyNotMet() if call.kind != "get":
                 call.outcome, call.version = "ok", tuple(outcome.detail["version"])
             case BusKVError():
                 call.outcome = "definite" if outcome.definite else "indefinite"
@@ -178,6 +190,8 @@ class Workload:
                     call.read = outcome.get("value")
                 else:
                     call.found = outcome["found"]
+        if call.level == "all" and call.kind != "get" and isinstance(outcome, Receipt):
+            self._check_all(call)
         if call.version is not None:
             self._seen[call.key] = call.version
         self._world.note(

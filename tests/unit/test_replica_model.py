@@ -21,7 +21,7 @@ from bus_kv.protocol.requests import ScanRequest
 from bus_kv.protocol.shard_map import Member, Shard, ShardState
 from bus_kv.protocol.sizes import Sizes
 from nodes.machine.erase import erase
-from nodes.machine.replica import Past, Replica
+from nodes.machine.replica import Past, Ports, Replica
 from tests.simulator import state
 
 if TYPE_CHECKING:
@@ -66,10 +66,10 @@ class ReplicaMachine(RuleBasedStateMachine):
         """Kill the process: memory is gone, what the disk was looking at is not told."""
         self.asked: list[tuple[Any, Any, Any]] = []
         past = Past(self.disk.mark, [*self.disk.clients.items()])
-        self.replica = Replica(
-            SHARD, "n1", self.knobs, Sizes(1 << 20), past,
-            lambda query, then: self.asked.append((query, then, None)), lambda: self.now_ns,
-        )  # fmt: skip
+        ports = Ports(
+            lambda query, then: self.asked.append((query, then, None)), lambda: self.now_ns
+        )
+        self.replica = Replica(SHARD, "n1", "i", self.knobs, Sizes(1 << 20), past, ports)
         for row in self.log:
             if row.last > self.disk.mark.last:
                 self.replica.replay(row)
@@ -81,10 +81,10 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.turn()
 
     def turn(self) -> None:
-        rows = self.replica.take_entries()
-        self.log += rows
-        if rows:
-            self.replica.on_durable(rows[-1].last)
+        rows, row = self.replica.take_rows()
+        self.log += [entry for entry in rows if isinstance(entry, EntryRow)]
+        if rows or row:
+            self.replica.on_durable()
         trim = self.replica.end_turn()
         if trim is not None:
             assert trim.last <= self.disk.mark.last, "the log was cut before the fold"
@@ -228,7 +228,7 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     def submit(self, batch: Batch, answered: Any) -> None:
         epoch = self.replica.shard.epoch
-        self.replica.submit(batch, batch.encode(), epoch, LATE_NS, answered)
+        self.replica.writer.submit(batch, batch.encode(), epoch, LATE_NS, answered)
         self.turn()
 
     @rule(

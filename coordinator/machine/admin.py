@@ -1,0 +1,182 @@
+"""Administration: what an operator asks of the active coordinator, answered once it is in effect.
+
+failover    {"shard"}                                  another member becomes primary; the old one leaves for now
+transfer    {"shard", "to"}                            this member becomes primary
+config      {"keyspace", "consistency"?, "replication_factor"?}   the keyspace's settings, as they are then
+restore     {}                                         the newest map that any node remembers becomes the map (R10)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from bus_kv.errors import (
+    BusKVError,
+    KeyspaceUnknown,
+    MalformedRequest,
+    NodeUnknown,
+    Overloaded,
+    ShardUnavailable,
+    ShardUnknown,
+    UnknownVerb,
+)  # fmt: skip
+from bus_kv.knobs import REPLICATION_FACTOR_MAX, SECOND_NS
+from bus_kv.protocol.codec import decode_body
+from bus_kv.protocol.shard_map import ShardMap, ShardState, public_shard
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.protocol.shard_map import Shard
+    from coordinator.machine.plan import Heard
+
+    Result: TypeAlias = dict[str, Any] | BusKVError
+    Look: TypeAlias = Callable[[ShardMap], dict[str, Any] | None]
+
+WAIT_NS = 10 * SECOND_NS
+PENDING_MAX = 256
+LEVELS = ("one", "quorum", "all")
+_FIELDS = {
+    "failover": {"shard"}, "transfer": {"shard", "to"},
+    "config": {"keyspace", "consistency", "replication_factor"}, "restore": set(),
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Pending:
+    deadline_ns: int
+    look: Look
+    answer: Callable[[Result], None]
+    verb: str
+    shard: str
+
+
+class Admin:
+    def __init__(self, heard: Heard) -> None:
+        self._heard = heard
+        self._pending: list[_Pending] = []
+
+    def on_request(
+        self, verb: str, body: bytes, map: ShardMap | None, now_ns: int,
+        answer: Callable[[Result], None],
+    ) -> None:  # fmt: skip
+        """Take a request on; `answer` is called when it is in effect, or when its time is over."""
+        try:
+            look = self._begin(verb, body, map)
+        except BusKVError as error:
+            return answer(error)
+        if len(self._pending) >= PENDING_MAX:
+            return answer(Overloaded("too many administration requests under way"))
+        shard = decode_body(body)[1].get("shard", "")
+        self._pending.append(_Pending(now_ns + WAIT_NS, look, answer, verb, shard))
+        return None
+
+    def _begin(self, verb: str, body: bytes, map: ShardMap | None) -> Look:
+        if verb not in _FIELDS:
+            raise UnknownVerb(f"there is no administration verb {verb!r}")
+        fields = decode_body(body)[1]
+        unknown = sorted(fields.keys() - _FIELDS[verb])
+        if unknown:
+            raise MalformedRequest(f"{verb} has no field {unknown[0]!r}")
+        if map is None:
+            raise ShardUnavailable("the map is not read yet; send it again in a moment")
+        begin = {
+            "failover": self._failover, "transfer": self._transfer, "config": self._config,
+            "restore": self._restore,
+        }  # fmt: skip
+        return begin[verb](fields, map)
+
+    def _failover(self, fields: dict[str, Any], map: ShardMap) -> Look:
+        shard = _shard(fields, map)
+        if len(shard.members) < 2:
+            raise ShardUnavailable(f"shard {shard.id} has no other member to take over")
+        self._heard.failovers.add(shard.id)
+        return partial(_has_other_primary, shard)
+
+    def _transfer(self, fields: dict[str, Any], map: ShardMap) -> Look:
+        shard, to = _shard(fields, map), fields.get("to")
+        if type(to) is not str or shard.member(to) is None:
+            members = ", ".join(member.node for member in shard.members)
+            raise NodeUnknown(f"to: {to!r} is no member of shard {shard.id}; there are {members}")
+        self._heard.transfers[shard.id] = to
+        return partial(_has_primary, shard.id, to)
+
+    def _config(self, fields: dict[str, Any], map: ShardMap) -> Look:
+        name = fields.get("keyspace", "default")
+        keyspace = map.keyspaces.get(name) if type(name) is str else None
+        if keyspace is None:
+            raise KeyspaceUnknown(f"there is no keyspace {name!r}")
+        changes = {key: fields[key] for key in fields if key != "keyspace"}
+        if changes.get("consistency", "one") not in LEVELS:
+            raise MalformedRequest(f"consistency is one of {', '.join(LEVELS)}")
+        factor = changes.get("replication_factor", 1)
+        if type(factor) is not int or not 1 <= factor <= REPLICATION_FACTOR_MAX:
+            raise MalformedRequest(
+                f"replication_factor is a whole number from 1 to {REPLICATION_FACTOR_MAX}"
+            )
+        wanted = replace(keyspace, **changes)
+        self._heard.settings[name] = wanted
+        settings = {
+            "keyspace": name, "policy": wanted.policy, "consistency": wanted.consistency,
+            "replication_factor": wanted.replication_factor,
+        }  # fmt: skip
+        return lambda map: settings if map.keyspaces.get(name) == wanted else None
+
+    def _restore(self, fields: dict[str, Any], map: ShardMap) -> Look:
+        del fields
+        if not self._heard.is_behind(map):
+            raise MalformedRequest("the map is the newest that any node has seen; nothing is lost")
+        self._heard.restoring = True
+        return lambda new: (
+            {"map_version": new.map_version} if not self._heard.is_behind(new) else None
+        )
+
+    def look(self, map: ShardMap, now_ns: int) -> None:
+        """Answer what has come into effect, and what has taken too long."""
+        pending, self._pending = self._pending, []
+        for item in pending:
+            done = item.look(map)
+            if done is not None:
+                item.answer(done)
+            elif item.deadline_ns <= now_ns:
+                self._give_up(item)
+                item.answer(ShardUnavailable("it could not be done in time; see `bus-kv status`"))
+            else:
+                self._pending.append(item)
+
+    def _give_up(self, item: _Pending) -> None:
+        if item.verb == "failover":
+            self._heard.failovers.discard(item.shard)
+        elif item.verb == "transfer":
+            self._heard.transfers.pop(item.shard, None)
+
+    def next_ns(self) -> int | None:
+        return self._pending[0].deadline_ns if self._pending else None
+
+
+def _shard(fields: dict[str, Any], map: ShardMap) -> Shard:
+    shard = map.shards.get(fields["shard"]) if type(fields.get("shard")) is str else None
+    if shard is None:
+        raise ShardUnknown(f"there is no shard {fields.get('shard')!r}")
+    return shard
+
+
+def _has_other_primary(old: Shard, map: ShardMap) -> dict[str, Any] | None:
+    shard = map.shards.get(old.id)
+    if shard is None or shard.state is not ShardState.ACTIVE or shard.epoch <= old.epoch:
+        return None
+    return _told(shard) if shard.primary != old.primary else None
+
+
+def _has_primary(id: str, node: str, map: ShardMap) -> dict[str, Any] | None:
+    shard = map.shards.get(id)
+    if shard is None or shard.state is not ShardState.ACTIVE or shard.primary != node:
+        return None
+    return _told(shard)
+
+
+def _told(shard: Shard) -> dict[str, Any]:
+    public = public_shard(shard)
+    return {name: public[name] for name in ("id", "epoch", "primary", "members", "learners")}

@@ -1,0 +1,170 @@
+"""Who should have which part in a shard: one step at a time from what the map says towards what is wanted.
+
+Pure functions of the map and of what has been heard; ties are broken by id. Every step is a reconfiguration under a new
+epoch, and only one that can succeed is begun: enough members of the last active configuration are there to be sealed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bus_kv.protocol.shard_map import Member, NodeState, ShardState
+
+if TYPE_CHECKING:
+    from bus_kv.protocol.messages import ReplicaReport
+    from bus_kv.protocol.shard_map import Shard, ShardMap
+    from coordinator.machine.plan import Heard
+
+    Members = tuple[Member, ...]
+
+CAUGHT_UP_OPERATIONS = 1000
+"""A learner that lags no more than this becomes a member; the rest follows within moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    members: Members
+    primary: str
+    learners: Members = ()
+
+
+def next_roles(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
+    """The next configuration of a shard; None when it stays as it is, or when no other could come about now."""
+    if shard.id in heard.forgotten:
+        return None
+    if shard.state is not ShardState.ACTIVE:
+        return _start_again(shard, map, heard)
+    if shard.id in heard.failovers:
+        return _take_over(shard, shard.members, heard, without=shard.primary)
+    if _primary_is_lost(shard, heard):
+        return _take_over(shard, shard.members, heard)
+    if not all(heard.hears(member) for member in (*shard.members, *shard.learners)):
+        return _without_the_lost(shard, heard)
+    return _grow(shard, map, heard) or _shrink(shard, map) or _transfer(shard, heard)
+
+
+def _start_again(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
+    """An attempt that nobody drives, or that cannot succeed with whom it has."""
+    there = [m for m in shard.members if heard.hears(m)]
+    primary = shard.member(shard.primary)
+    driven = heard.running.get(shard.id) == (shard.epoch, shard.token)
+    if driven and primary in there and len(there) >= shard.quorum:
+        return None
+    if shard.last_active is not None:
+        return _take_over(shard, shard.last_active.members, heard)
+    return _begin(shard, map)
+
+
+def _begin(shard: Shard, map: ShardMap) -> Roles | None:
+    """A shard that never was active has acknowledged nothing, so any nodes that are up may have it."""
+    count = map.keyspaces[shard.keyspace].replication_factor
+    up = [node for _, node in sorted(map.nodes.items()) if node.state is NodeState.UP]
+    up.sort(key=lambda node: shard.member(node.id) is None)
+    members = tuple(Member(node.id, node.incarnation) for node in up[:count])
+    if not members:
+        return None
+    ids = [member.node for member in members]
+    return Roles(members, shard.primary if shard.primary in ids else ids[0])
+
+
+def _primary_is_lost(shard: Shard, heard: Heard) -> bool:
+    """Whether the primary cannot serve its epoch any more."""
+    member = shard.member(shard.primary)
+    if member is None or not heard.hears(member):
+        return True
+    report = heard.report(shard.id, member)
+    if report is None:
+        return False
+    same = (report.epoch, report.token) == (shard.epoch, shard.token)
+    return report.epoch > shard.epoch or (same and report.status in ("restarted", "promised"))
+
+
+def _take_over(shard: Shard, last_active: Members, heard: Heard, without: str = "") -> Roles | None:
+    """Those that are there go on, under the one with the longest log, as far as is known."""
+    there = [m for m in last_active if heard.hears(m) and m.node != without]
+    n = len(last_active)
+    if len(there) < n - (n // 2 + 1) + 1:
+        return None
+    best = max(there, key=lambda m: (_last(heard.report(shard.id, m)), m.node == shard.primary))
+    return Roles(tuple(there), best.node, _there(shard.learners, heard))
+
+
+def _last(report: ReplicaReport | None) -> tuple[int, int]:
+    return (0, 0) if report is None else report.last
+
+
+def _there(members: Members, heard: Heard) -> Members:
+    return tuple(m for m in members if heard.hears(m))
+
+
+def _without_the_lost(shard: Shard, heard: Heard) -> Roles | None:
+    """A member that is down leaves, and comes back as a learner."""
+    members = _there(shard.members, heard)
+    n = len(shard.members)
+    if len(members) < n - shard.quorum + 1:
+        return None
+    return Roles(members, shard.primary, _there(shard.learners, heard))
+
+
+def _grow(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
+    """A learner that has caught up becomes a member; where replicas are missing, a spare node becomes a learner."""
+    for learner in shard.learners:
+        if _has_caught_up(shard, learner, heard):
+            learners = tuple(m for m in shard.learners if m != learner)
+            return Roles((*shard.members, learner), shard.primary, learners)
+    wanted = map.keyspaces[shard.keyspace].replication_factor
+    if len(shard.members) + len(shard.learners) >= wanted:
+        return None
+    spares = [
+        _member(map, id) for id, node in sorted(map.nodes.items()) if node.state is NodeState.UP
+    ]
+    used = {m.node for m in (*shard.members, *shard.learners)}
+    spares = [m for m in spares if m.node not in used and heard.hears(m)]
+    if not spares:
+        return None
+    load = _replica_counts(map)
+    # One that has a part of the log already has the least to catch up.
+    best = min(
+        spares, key=lambda m: (heard.report(shard.id, m) is None, load.get(m.node, 0), m.node)
+    )
+    return Roles(shard.members, shard.primary, (*shard.learners, best))
+
+
+def _member(map: ShardMap, id: str) -> Member:
+    return Member(id, map.nodes[id].incarnation)
+
+
+def _has_caught_up(shard: Shard, learner: Member, heard: Heard) -> bool:
+    primary = shard.member(shard.primary)
+    own = heard.report(shard.id, learner)
+    its = heard.report(shard.id, primary) if primary else None
+    if own is None or its is None or (own.epoch, own.token) != (shard.epoch, shard.token):
+        return False
+    behind = its.commit_seq - own.last[1]
+    return own.status == "following" and behind <= CAUGHT_UP_OPERATIONS
+
+
+def _shrink(shard: Shard, map: ShardMap) -> Roles | None:
+    """More members than the replication factor says: the backup on the fullest node leaves."""
+    if len(shard.members) <= map.keyspaces[shard.keyspace].replication_factor:
+        return None
+    load = _replica_counts(map)
+    backups = [m for m in shard.members if m.node != shard.primary]
+    leaving = max(backups, key=lambda m: (load.get(m.node, 0), m.node))
+    return Roles(tuple(m for m in shard.members if m != leaving), shard.primary, shard.learners)
+
+
+def _replica_counts(map: ShardMap) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for shard in map.shards.values():
+        for member in (*shard.members, *shard.learners):
+            counts[member.node] = counts.get(member.node, 0) + 1
+    return counts
+
+
+def _transfer(shard: Shard, heard: Heard) -> Roles | None:
+    target = heard.transfers.get(shard.id)
+    if target is None or target == shard.primary or shard.member(target) is None:
+        return None
+    return Roles(shard.members, target, shard.learners)

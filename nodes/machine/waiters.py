@@ -1,0 +1,62 @@
+"""Answers that are ready and wait for a promise to come true: so much durable, so much committed, so many confirmed."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bus_kv.errors import BusKVError
+
+Reply = TypeVar("Reply")
+
+
+@dataclass(slots=True)
+class Waiting(Generic[Reply]):
+    seq: int
+    """It holds once the log has come this far,"""
+    round: int
+    """and a confirm round with this number or a later one is complete (0: none is needed)."""
+    deadline_ns: int
+    respond: Callable[[Reply | BusKVError], None]
+    reply: Reply
+    is_read: bool
+    """Nothing was or will be written for it."""
+
+
+class Waiters:
+    """A queue in order of arrival, in which seqs and rounds never go back: what is behind the head waits as long."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Waiting[Any]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, waiting: Waiting[Any]) -> None:
+        self._queue.append(waiting)
+
+    def release(self, seq: int, round: int) -> None:
+        """Answer those for whom this is enough."""
+        queue = self._queue
+        while queue and queue[0].seq <= seq and queue[0].round <= round:
+            waiting = queue.popleft()
+            waiting.respond(waiting.reply)
+
+    def next_ns(self) -> int | None:
+        return self._queue[0].deadline_ns if self._queue else None
+
+    def take_late(self, now_ns: int) -> list[Waiting[Any]]:
+        """Those whose time is over."""
+        if not self._queue or self._queue[0].deadline_ns > now_ns:
+            return []
+        late = [w for w in self._queue if w.deadline_ns <= now_ns]
+        self._queue = deque(w for w in self._queue if w.deadline_ns > now_ns)
+        return late
+
+    def take_all(self) -> list[Waiting[Any]]:
+        all, self._queue = [*self._queue], deque()
+        return all
