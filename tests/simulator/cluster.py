@@ -43,23 +43,31 @@ class Shape:
     lost_answers: float
     fault_interval_ns: int
     knobs: Knobs
+    haste: int = 1
+    """Faults, and what is done about them, follow each other so many times faster."""
 
 
 def draw_shape(world: World) -> Shape:
     random = world.random("shape")
+    haste = random.choice([1, 3, 10])
     return Shape(
         nodes=random.choice([1, 2, 3, 3, 3, 4, 5]),
         coordinators=random.randint(1, 3),
         clients=random.randint(1, 3),
-        loss=random.choice([0.0, 0.0, 0.01, 0.05]),
-        slowness=random.choice([0.0, 0.01, 0.05]),
+        loss=random.choice([0.0, 0.0, 0.01, 0.05, 0.2]),
+        slowness=random.choice([0.0, 0.01, 0.05, 0.3]),
         lost_answers=random.choice([0.0, 0.02, 0.2]),
-        fault_interval_ns=random.choice([300, 800, 2000]) * MILLISECOND_NS,
+        fault_interval_ns=random.choice([300, 800, 2000]) * MILLISECOND_NS // haste,
+        haste=haste,
         knobs=Knobs(
+            step_retry_ms=500 // haste,
+            attempt_patience_ms=random.choice([1000, 5000]) // haste,
+            remind_ms=random.choice([20, 100]),
+            pull_retry_ms=random.choice([30, 500]),
             replication_factor=random.choice([1, 2, 3, 3, 3, 5]),
-            heartbeat_interval_s=random.choice([0.1, 0.2, 0.5, 1.0]),
+            heartbeat_interval_s=random.choice([0.2, 0.5, 1.0]) / haste,
             layout_wait_s=0.5,
-            lease_s=random.choice([0.5, 3.0]),
+            lease_s=random.choice([0.3, 1.0]),
             inbox_messages_max=random.choice([8, 1000]),
             tail_operations_max=random.choice([5, 10_000]),
             cache_bytes=random.choice([1, 2000, 2500, 3000, 1_000_000]),
@@ -90,6 +98,9 @@ class Cluster:
         """(shard, epoch) -> (node, life) that was seen serving it."""
         self.committed: dict[tuple[str, int], int] = {}
         """(shard, seq) of the end of a committed entry -> its epoch."""
+        self.lost: set[str] = set()
+        """Incarnations of disks that are gone."""
+        self.lost_disks: list[Disk] = []
         self._random = world.random("faults")
         self._tokens = world.random("tokens")
 
@@ -175,18 +186,22 @@ class Cluster:
             self._store_down,
             self._disk_full,
             self._operate,
+            self._lose_disk,
         ]
         # The first node is the one that gets the first shard: faults elsewhere teach less.
         victims = [self.nodes[0]] * 3 + self.nodes + self.coordinators
         self._random.choice(kinds)(self._random.choice(victims))
         self._next_fault()
 
+    def _duration_ns(self, seconds_max: int) -> int:
+        return self._random.randint(0, seconds_max * SECOND_NS // self.shape.haste)
+
     healed = False
 
     def _crash(self, process: Process) -> None:
         if process.alive:
             process.crash()
-            delay_ns = self._random.randint(0, 3 * SECOND_NS)
+            delay_ns = self._duration_ns(3)
             self.world.after(delay_ns, lambda: self._restart(process))
 
     def _restart(self, process: Process) -> None:
@@ -198,7 +213,7 @@ class Cluster:
             self.start_coordinator(process)
 
     def _pause(self, process: Process) -> None:
-        process.pause(self._random.randint(MILLISECOND_NS, 4 * SECOND_NS))
+        process.pause(self._duration_ns(4))
 
     def _cut(self, process: Process) -> None:
         """Cut a link, both ways or one way; when it comes back the process knows that it was away."""
@@ -207,7 +222,7 @@ class Cluster:
         )
         self.world.note(process.name, f"is cut: in={process.cut_in} out={process.cut_out}")
         life = process.life
-        self.world.after(self._random.randint(0, 3 * SECOND_NS), lambda: self._mend(process, life))
+        self.world.after(self._duration_ns(3), lambda: self._mend(process, life))
 
     def _mend(self, process: Process, life: int) -> None:
         process.cut_in = process.cut_out = False
@@ -217,7 +232,31 @@ class Cluster:
 
     def _store_down(self, process: Process) -> None:
         del process
-        self.store.down_until_ns = self.world.now_ns + self._random.randint(0, 5 * SECOND_NS)
+        self.store.down_until_ns = self.world.now_ns + self._duration_ns(5)
+
+    def _lose_disk(self, process: Process) -> None:
+        """A disk is lost for good, with its incarnation; not more of them than a shard can bear."""
+        if process.disk is None or not all(
+            self._can_lose(shard, process.disk.incarnation) for shard in self.map().shards.values()
+        ):
+            return
+        if process.alive:
+            process.crash()
+        self.world.note(process.name, "loses its disk")
+        self.lost.add(process.disk.incarnation)
+        self.lost_disks.append(process.disk)
+        process.disk = Disk(self.world, f"{process.name}/{len(self.lost)}")
+        delay_ns = self._duration_ns(3)
+        self.world.after(delay_ns, lambda: self._restart(process))
+
+    def _can_lose(self, shard: Shard, incarnation: str) -> bool:
+        """Whether what a majority has is still there without this disk: W-1 of the last active members may go."""
+        active = shard.state is ShardState.ACTIVE
+        if not active and shard.last_active is None:
+            return True
+        last = shard if active or shard.last_active is None else shard.last_active
+        lost = [m for m in last.members if m.incarnation in self.lost | {incarnation}]
+        return len(lost) <= len(last.members) // 2
 
     def _operate(self, process: Process) -> None:
         """An operator has a primary replaced or moved, or changes the replication factor."""
@@ -234,7 +273,7 @@ class Cluster:
 
     def _disk_full(self, process: Process) -> None:
         if process.disk is not None:
-            duration_ns = self._random.randint(0, 3 * SECOND_NS)
+            duration_ns = self._duration_ns(3)
             process.disk.full_until_ns = self.world.now_ns + duration_ns
 
     def heal(self) -> None:
@@ -319,10 +358,9 @@ class Cluster:
     def holders(self, shard: str, version: tuple[int, int]) -> int:
         """On how many disks an operation is durable."""
         epoch, seq = version
-        return sum(
-            any(row.epoch == epoch and row.last >= seq for row in node.disk.archive.get(shard, ()))
-            for node in self.nodes if node.disk is not None
-        )  # fmt: skip
+        disks = [node.disk for node in self.nodes if node.disk is not None] + self.lost_disks
+        logs = [disk.archive.get(shard, []) for disk in disks]
+        return sum(any(row.epoch == epoch and row.last >= seq for row in log) for log in logs)
 
     def _serves(self, shard: Shard) -> bool:
         machine = self.peers[shard.primary].machine

@@ -1,0 +1,281 @@
+"""Broken rules of replication, each caught by the checkers within some seeds (rules R1–R8: nodes/DESIGN.md)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.protocol.shard_map import Configuration, ShardState
+from coordinator.machine import plan
+from coordinator.machine.attempt import Attempt
+from coordinator.machine.coordinator import CoordinatorMachine
+from nodes.machine import control, replica
+from nodes.machine.replica import Replica, Status
+from nodes.machine.replication import Replication
+from nodes.machine.writer import Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+
+    from bus_kv.core.machine import ReplicaRow, Stored
+    from bus_kv.protocol.shard_map import Shard
+    from coordinator.machine.roles import Roles
+
+PLANTS = [
+    "backup_acknowledges_before_fsync", "too_few_sealed", "seals_the_pending_attempt",
+    "unanswered_cas_is_success", "active_cas_checks_only_the_state",
+    "higher_epoch_without_a_promise", "report_leaves_out_what_is_in_flight",
+    "commit_seq_beyond_the_match", "ack_names_the_end_of_the_log", "promise_forgotten_at_restart",
+    "newest_heartbeat_wins", "cut_down_to_nothing", "read_without_a_round",
+    "read_joins_a_round_under_way", "dedup_not_shared_while_uncommitted",
+    "all_is_every_reachable_member", "wiped_node_keeps_its_incarnation",
+    "epoch_opened_twice", "older_epochs_are_counted",
+]  # fmt: skip
+
+
+def backup_acknowledges_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup tells what it has received as if it were durable."""
+    acknowledge = Replica._acknowledge
+
+    def hasty(self: Replica) -> None:
+        durable, self.durable_seq = self.durable_seq, self.last[1]
+        acknowledge(self)
+        self.durable_seq = durable
+
+    monkeypatch.setattr(Replica, "_acknowledge", hasty)
+
+
+def too_few_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """n−W members are taken for enough."""
+
+    def is_sealed(self: Attempt) -> bool:
+        last = self.shard.last_active
+        return last is None or len(self.sealed) >= len(last.members) - (len(last.members) // 2 + 1)
+
+    monkeypatch.setattr(Attempt, "is_sealed", property(is_sealed))
+
+
+def seals_the_pending_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt that never was active is sealed instead of the configuration that was."""
+    reconfigured = plan.reconfigured
+
+    def wrong(shard: Shard, roles: Roles, epoch: int, token: str) -> Shard:
+        new = reconfigured(shard, roles, epoch, token)
+        if shard.state is ShardState.ACTIVE or shard.last_active is None:
+            return new
+        return replace(new, last_active=Configuration(shard.epoch, shard.token, shard.members))
+
+    monkeypatch.setattr(plan, "reconfigured", wrong)
+
+
+def unanswered_cas_is_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the map whose answer does not come is taken for done."""
+    on_stored = CoordinatorMachine._on_stored
+
+    def trusting(self: CoordinatorMachine, stored: Stored) -> None:
+        pending = stored.correlation == self._store_pending and self._wanted is not None
+        if pending and stored.failure is not None and not stored.conflict:
+            assert self._wanted is not None
+            self._store_pending = 0
+            self._timers.stop("store")
+            return self._take_map(self._wanted)
+        return on_stored(self, stored)
+
+    monkeypatch.setattr(CoordinatorMachine, "_on_stored", trusting)
+
+
+def active_cas_checks_only_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever attempt is in the map becomes ACTIVE when some attempt has opened."""
+    next_map = plan.next_map
+
+    def wrong(old: Any, heard: Any, knobs: Any, token: Any) -> Any:
+        for id in [*heard.opened]:
+            if id in old.shards:
+                heard.opened[id] = (old.shards[id].epoch, old.shards[id].token)
+        return next_map(old, heard, knobs, token)
+
+    def keep(self: CoordinatorMachine, map: Any) -> None:
+        opened = {id: attempt for id, attempt in self._attempts.items() if attempt.opened}
+        take_map(self, map)
+        for id, attempt in opened.items():
+            self._attempts.setdefault(id, attempt)
+
+    take_map = CoordinatorMachine._take_map
+    monkeypatch.setattr(CoordinatorMachine, "_take_map", keep)
+    monkeypatch.setattr("coordinator.machine.coordinator.next_map", wrong)
+
+
+def higher_epoch_without_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup takes entries of a higher epoch, and goes on taking those of the epoch that it had promised."""
+    on_append = Replica.on_append
+
+    def lax(self: Replica, fields: dict[str, Any]) -> None:
+        kept = self.promised
+        on_append(self, fields)
+        if self.promised != kept and kept[0]:
+            self.promised = kept
+
+    def answer(self: Replica, fields: dict[str, Any]) -> None:
+        self._epoch_of_append = (fields["epoch"], fields["token"])  # type: ignore[attr-defined]
+        lax(self, fields)
+
+    monkeypatch.setattr(Replica, "on_append", answer)
+
+
+def report_leaves_out_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seal report names what is durable now, although more will be acknowledged."""
+    on_seal = control.Control._on_seal
+
+    def short(self: control.Control, fields: dict[str, Any], reply: Callable) -> None:
+        held = self._node.replicas.get(fields["record"]["id"])
+        durable = [s.end for s in held.tail.segments if s.last <= held.durable_seq] if held else []
+
+        def tell(answer: dict[str, Any]) -> None:
+            if answer["type"] == "sealed" and held is not None:
+                answer["last"] = durable[-1] if durable else held.tail.base
+            reply(answer)
+
+        on_seal(self, fields, tell)
+
+    monkeypatch.setattr(control.Control, "_on_seal", short)
+
+
+def commit_seq_beyond_the_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup commits what the primary has committed, whatever its own log holds there."""
+    acknowledge = Replica._acknowledge
+
+    def bold(self: Replica) -> None:
+        if self.status is Status.FOLLOWING:
+            self.commit(min(self._primary_commit, self.durable_seq))
+        acknowledge(self)
+
+    monkeypatch.setattr(Replica, "_acknowledge", bold)
+
+
+def ack_names_the_end_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backup acknowledges all it has, its unmatched end included."""
+    acknowledge = Replica._acknowledge
+
+    def generous(self: Replica) -> None:
+        matched, self._matched = self._matched, self.last[1]
+        commit, self._primary_commit = self._primary_commit, min(self._primary_commit, matched)
+        acknowledge(self)
+        self._matched, self._primary_commit = matched, commit
+
+    monkeypatch.setattr(Replica, "_acknowledge", generous)
+
+
+def promise_forgotten_at_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that comes back does not know what it has promised."""
+
+    def forget(self: Replica, row: ReplicaRow) -> None:
+        self.promised = self._durable_promise = (0, "")
+
+    monkeypatch.setattr(Replica, "restore", forget)
+
+
+def newest_heartbeat_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new primary begins with the log that it has."""
+    open = Attempt._open
+    monkeypatch.setattr(Attempt, "_open", lambda self, to: {**open(self, to), "best": (0, 0)})
+
+
+def cut_down_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conflict takes the entry before it along."""
+    cut = Replica._cut
+    monkeypatch.setattr(Replica, "_cut", lambda self, count: cut(self, max(count - 1, 0)))
+
+
+def read_without_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QUORUM read is answered by a primary that may have been replaced."""
+
+    def at_once(
+        self: Replica, level: str, deadline_ns: int, respond: Callable, reply: Any, seq: int,
+        is_read: bool = True,
+    ) -> None:  # fmt: skip
+        if is_read:
+            return respond(reply)
+        return answer_read(self, level, deadline_ns, respond, reply, seq, is_read)
+
+    answer_read = Replica.answer_read
+    monkeypatch.setattr(Replica, "answer_read", at_once)
+
+
+def read_joins_a_round_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read is confirmed by answers that may have been given before it came."""
+
+    def join(self: Replication) -> int:
+        if self.round and self.quorum(self.rounds) < self.round:
+            return self.round
+        return want(self)
+
+    want = Replication.want_round
+    monkeypatch.setattr(Replication, "want_round", join)
+
+
+def dedup_not_shared_while_uncommitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request is known only once it is committed: its repeat before that is taken for new."""
+    accept = Writer.accept
+
+    def unknown(self: Writer, batch: Any, raw: bytes, time_ms: int, decision: Any) -> None:
+        remember, self.remember = self.remember, lambda logged: None  # type: ignore[method-assign]
+        accept(self, batch, raw, time_ms, decision)
+        self.remember = remember  # type: ignore[method-assign]
+        self._replica.tail.segments[-1].remembered = False
+
+    monkeypatch.setattr(Writer, "accept", unknown)
+
+
+def all_is_every_reachable_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ALL is answered when a majority has it."""
+    monkeypatch.setattr(Replication, "all", Replication.quorum)
+
+
+def wiped_node_keeps_its_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that lost its disk comes back as the member that it was."""
+    from tests.simulator.cluster import Cluster
+
+    start_node = Cluster.start_node
+
+    def start(self: Cluster, process: Any) -> None:
+        process.disk.incarnation = f"i-{process.name}"
+        start_node(self, process)
+
+    monkeypatch.setattr(Cluster, "start_node", start)
+    monkeypatch.setattr(Cluster, "_can_lose", _can_lose_by_name)
+
+
+def _can_lose_by_name(self: Any, shard: Shard, incarnation: str) -> bool:
+    active = shard.state is ShardState.ACTIVE
+    last = shard if active or shard.last_active is None else shard.last_active
+    return len(last.members) >= 3 and not self.lost
+
+
+def epoch_opened_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary that restarted opens the epoch that it had opened once more."""
+
+    def forget(self: Replica, row: ReplicaRow) -> None:
+        restore(self, row)
+        self.opened_epoch = row.opened_epoch - 1
+
+    restore = Replica.restore
+    monkeypatch.setattr(Replica, "restore", forget)
+
+
+def older_epochs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary commits entries of earlier epochs by counting copies, before its own opening entry is there."""
+
+    def progress(self: Replica) -> None:
+        assert self.replication is not None
+        if self.status in (Status.OPENED, Status.ACTIVE):
+            count = self.replication.quorum(self.replication.match)
+            self.commit(min(count, self.durable_seq))
+        honest(self)
+
+    honest = Replica._progress
+    monkeypatch.setattr(Replica, "_progress", progress)
+
+
+del replica
