@@ -31,6 +31,7 @@ from bus_kv.core.machine import (
     ReplicaRow,
     Trim,
 )  # fmt: skip
+from bus_kv.runtime.threads import NamedThread
 from nodes.wal import cut_commits
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class NodeLog:
         """Shard -> seq up to which its entries may go."""
         self._filled = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+        self._thread = NamedThread(target=self._work, name="log", daemon=True)
 
     def _open(self) -> sqlite3.Connection:
         # The thread is the only user after `start`; before it, the opening thread is.

@@ -20,6 +20,7 @@ import duckdb
 from bus_kv.core.machine import Answered, Fold, FoldStalled, Sql
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
 from bus_kv.runtime.clock import Clock
+from bus_kv.runtime.threads import NamedThread
 from nodes.log import STALL_RETRY_S, DiskError, DiskFull
 from nodes.sql import SqlRefused, run_query
 from nodes.state_file import (
@@ -138,8 +139,7 @@ class StateStore:
         self._on_failure: OnFailure
         works = [self._fold_all, self._answer_queries, *[self._answer_sqls] * SQL_THREADS]
         self._threads = [
-            threading.Thread(target=work, name=f"state{work.__name__}", daemon=True)
-            for work in works
+            NamedThread(target=work, name=f"state{work.__name__}", daemon=True) for work in works
         ]
 
     # ---- what was there ----

@@ -7,55 +7,30 @@ import contextlib
 import secrets
 import signal
 import tempfile
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bus_kv.cli.command import Call, CommandFailed, ask, command
-from bus_kv.cli.measure import Result, Timing, pick, run_callers
-from bus_kv.runtime.process import OK
+from bus_kv.cli.measure import Timing
+from bus_kv.cli.workloads import MANY, Data, Distribution, Plan, Workload, in_parts, load, run
+from bus_kv.runtime.process import OK, USAGE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator
 
     from bus_kv.client.client import Client
     from bus_kv.runtime.connection import ConnectOptions
 
-_MANY = 1000
-"""Keys of one put_many, and of one scan."""
-_MANY_CALLERS_MAX = 8
-"""Calls of so many keys that are under way at once."""
-_SEED = 1
 
-
-class Workload(StrEnum):
-    ALL = "all"
-    PUT = "put"
-    GET = "get"
-    PUT_MANY = "put_many"
-    SCAN = "scan"
-
-
-class Distribution(StrEnum):
-    UNIFORM = "uniform"
-    ZIPFIAN = "zipfian"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    workloads: Sequence[Workload]
-    callers: int
-    keys: int
-    value_bytes: int
-    distribution: Distribution
-    timing: Timing
-
-    def callers_of(self, workload: Workload) -> list[int]:
-        many = workload in (Workload.PUT_MANY, Workload.SCAN)
-        return [*dict.fromkeys([1, min(self.callers, _MANY_CALLERS_MAX) if many else self.callers])]
+_FOLD, _JETSTREAM, _PROFILE = "--fold", "--jetstream", "--profile"
+_EVERY: list[Workload] = [workload for workload in Workload if workload is not Workload.ALL]
+_POSSIBLE = {_JETSTREAM: [Workload.PUT, Workload.GET, Workload.PUT_MANY]}
+"""Workloads that can be measured; a bucket of JetStream has no scan."""
+_USUAL = {_PROFILE: [Workload.PUT, Workload.PUT_MANY]}
+"""Workloads that are measured unless one is named."""
 
 
 def register(app: typer.Typer) -> None:
@@ -79,8 +54,17 @@ async def bench(
     data: Annotated[
         Path, typer.Option(help="where temporary data go: a disk, not memory")
     ] = Path(),
+    rounds: Annotated[
+        int, typer.Option(min=1, max=100, help="rounds of --fold and --jetstream")
+    ] = 5,
     fold: Annotated[
         bool, typer.Option("--fold", help="compare a node that folds with one that never does")
+    ] = False,
+    jetstream: Annotated[
+        bool, typer.Option("--jetstream", help="compare with JetStream KV of three replicas")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="tell which process and thread takes the CPU")
     ] = False,
 ) -> int:
     """Measure puts, gets, put_many and scans: by one caller alone, and by many at once.
@@ -91,49 +75,32 @@ async def bench(
     node's log on this machine's disk. "x echo" and "x log" are throughput in relation to them;
     calls made together share messages and commits, so it can exceed 1.
 
+    --fold, --jetstream and --profile measure something else instead, always in a private cluster.
+    --jetstream starts three nats-servers and takes turns, round by round, between this database and
+    a JetStream KV bucket of three replicas on the same servers; JetStream acknowledges before
+    anything is on disk, so a lone put is also compared with servers that are told to wait for it.
+    Its figures are medians with (least–most), its ratio is ours / JetStream's: more is better for
+    keys/s, less for ms. --profile, on Linux, divides the CPU time of every process and thread by
+    the operations of many callers.
+
     - `bus-kv bench`
     - `bus-kv bench put --callers 64 --value-bytes 1000`
     - `bus-kv bench --distribution zipfian --json`
     - `bus-kv bench --fold --seconds 1`
+    - `bus-kv bench --jetstream`
+    - `bus-kv bench --profile`
     """
-    every = workload is Workload.ALL
-    chosen = [w for w in Workload if w is not Workload.ALL] if every else [workload]
-    plan = Plan(chosen, callers, keys, value_bytes, distribution, Timing(warmup, seconds))
-    with _temporary(data) as folder:
-        if fold:
-            return await _bench_fold(call, plan, folder)
-        async with _cluster(call, folder, nodes) as options:
-            document = await _measure(call, plan, folder, options)
-    if call.out.as_json:
-        call.out.document(document)
-    else:
-        _print(call, document)
-    return OK
-
-
-async def _bench_fold(call: Call, plan: Plan, folder: Path) -> int:
-    from bus_kv.cli.fold_ratio import measure_fold
     from bus_kv.cli.local_cluster import ClusterError
 
-    keys = [f"bench/{i:08d}".encode() for i in range(plan.keys)]
-    value = b"v" * plan.value_bytes
-    picked = [keys[i] for i in pick(plan.keys, plan.distribution, _SEED)]
-    pairs = [(w, callers) for w in plan.workloads for callers in plan.callers_of(w)[-1:]]
-
-    def run(db: Client, workload: Workload, callers: int) -> Awaitable[Result]:
-        return _run(db, workload, picked, keys, value, callers, plan.timing)
-
-    async def load(db: Client) -> None:
-        await _in_parts(keys, lambda part: db.put_many([(key, value) for key in part]))
-
+    mode = _mode(call, {_FOLD: fold, _JETSTREAM: jetstream, _PROFILE: profile})
+    chosen = _workloads(workload, mode)
+    plan = Plan(chosen, callers, keys, value_bytes, distribution, Timing(warmup, seconds), rounds)
+    _stop_on_sigterm()
     try:
-        results = await measure_fold(folder, pairs, load, run, call.out.note)
+        with _temporary(data) as folder:
+            await _BENCHES[mode](call, plan, folder, nodes)
     except ClusterError as error:
         raise CommandFailed("CLUSTER", str(error)) from None
-    if call.out.as_json:
-        call.out.document({"settings": _settings(plan, call), "fold": results})
-    else:
-        call.out.table([*results[0]], [[*result.values()] for result in results])
     return OK
 
 
@@ -150,116 +117,142 @@ def _temporary(parent: Path) -> Iterator[Path]:
         yield Path(name).absolute()
 
 
-@contextlib.asynccontextmanager
-async def _cluster(call: Call, folder: Path, nodes: int) -> AsyncIterator[ConnectOptions]:
-    """The cluster that was named, or a private one."""
-    from bus_kv.cli.local_cluster import ClusterError, LocalCluster
+def _mode(call: Call, flags: dict[str, bool]) -> str:
+    """Which of the flags was given; empty without one."""
+    given = [flag for flag, is_given in flags.items() if is_given]
+    if len(given) > 1:
+        message = f"{' and '.join(given)} are given together: measure one after the other"
+        raise CommandFailed("USAGE", message, USAGE)
+    if given and call.names_nats:
+        message = f"{given[0]} measures a cluster of its own: leave out --nats (also BUS_KV_NATS)"
+        raise CommandFailed("USAGE", message, USAGE)
+    return "".join(given)
 
+
+def _workloads(workload: Workload, mode: str) -> list[Workload]:
+    possible = _POSSIBLE.get(mode, _EVERY)
+    if workload is Workload.ALL:
+        return _USUAL.get(mode, possible)
+    if workload not in possible:
+        message = f"{mode} cannot measure {workload}: name one of {', '.join(possible)}"
+        raise CommandFailed("USAGE", message, USAGE)
+    return [workload]
+
+
+def _stop_on_sigterm() -> None:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+
+# ---- comparisons and the profile ----
+
+
+async def _bench_fold(call: Call, plan: Plan, folder: Path, nodes: int) -> None:
+    from bus_kv.cli.fold_ratio import measure_fold
+
+    del nodes  # one of each kind
+    results = await measure_fold(folder, plan, call.out.note)
+    if call.out.as_json:
+        call.out.document({"settings": _settings(call, plan), "fold": results})
+    else:
+        call.out.table([*results[0]], [[*result.values()] for result in results])
+
+
+async def _bench_jetstream(call: Call, plan: Plan, folder: Path, nodes: int) -> None:
+    from bus_kv.cli.jetstream_ratio import measure_jetstream
+
+    shards, rows = await measure_jetstream(folder, plan, nodes, call.out.note)
+    if call.out.as_json:
+        call.out.document(
+            {
+                "settings": _settings(call, plan) | {"rounds": plan.rounds, "shards": shards},
+                "jetstream": [asdict(row) for row in rows],
+            }
+        )
+        return
+    for shard in shards:
+        call.out.line(f"shard {shard['id']} has the members {', '.join(shard['members'])}")
+    columns = ["", "callers", "unit", "ours", "JetStream KV R3", "ratio"]
+    call.out.table(
+        columns, [[r.name, r.callers, r.unit, r.ours, r.jetstream, r.ratio] for r in rows]
+    )
+
+
+async def _bench_profile(call: Call, plan: Plan, folder: Path, nodes: int) -> None:
+    from bus_kv.cli import cpu
+    from bus_kv.cli.cpu_profile import measure_profile
+
+    if not cpu.is_available():
+        message = "--profile reads the CPU time of threads in /proc, which only Linux has"
+        raise CommandFailed("UNSUPPORTED", message)
+    profiles = await measure_profile(folder, plan, nodes, call.out.note)
+    if call.out.as_json:
+        profile_documents = [profile.to_json() for profile in profiles]
+        call.out.document({"settings": _settings(call, plan), "profile": profile_documents})
+        return
+    for p in profiles:
+        call.out.line(f"{p.workload}, {p.callers} callers: {p.operations_per_s:,.0f} keys/s")
+        rows = [[x.process, x.role, x.thread, x.cpu_us, x.cores] for x in p.parts]
+        rows += [["sum", None, None, p.cpu_us, p.cores]]
+        call.out.table(["process", "role", "thread", "CPU us/key", "cores"], rows)
+
+
+# ---- a cluster beside its floors ----
+
+
+async def _bench(call: Call, plan: Plan, folder: Path, nodes: int) -> None:
+    async with _cluster(call, folder, nodes) as options:
+        document = await _measure(call, plan, folder, options)
+    if call.out.as_json:
+        call.out.document(document)
+    else:
+        _print(call, document)
+
+
+@contextlib.asynccontextmanager
+async def _cluster(call: Call, folder: Path, nodes: int) -> AsyncIterator[ConnectOptions]:
+    """The cluster that was named, or a private one. Raises ClusterError."""
+    from bus_kv.cli.local_cluster import LocalCluster
+
     if call.names_nats:
         yield call.options
         return
     call.out.note(f"starting a private cluster of {nodes} node(s) in {folder}")
-    try:
-        async with LocalCluster(folder, nodes=nodes, root=call.options.root) as cluster:
-            await cluster.wait_healthy()
-            yield cluster.connection
-    except ClusterError as error:
-        raise CommandFailed("CLUSTER", str(error)) from None
+    async with LocalCluster(folder, nodes=nodes, root=call.options.root) as cluster:
+        await cluster.wait_healthy()
+        yield cluster.connection
 
 
 async def _measure(call: Call, plan: Plan, folder: Path, options: ConnectOptions) -> dict[str, Any]:
-    prefix = f"bench-{secrets.token_hex(4)}/"
-    keys = [f"{prefix}{i:08d}".encode() for i in range(plan.keys)]
-    results = await ask(options, lambda db: _measure_all(call, db, plan, keys))
-    floor = await _measure_floor(call, plan, folder, options, len(keys[0]))
+    data = plan.data(f"bench-{secrets.token_hex(4)}/")
+    results = await ask(options, lambda db: _measure_all(call, db, plan, data))
+    floor = await _measure_floor(call, plan, folder, options, len(data.keys[0]))
     return {
-        "settings": _settings(plan, call),
+        "settings": _settings(call, plan),
         "floor": floor,
         "workloads": [_with_ratios(result, floor, plan) for result in results],
     }
 
 
-def _settings(plan: Plan, call: Call) -> dict[str, Any]:
-    return {
-        "private_cluster": not call.names_nats,
-        "callers": plan.callers,
-        "keys": plan.keys,
-        "value_bytes": plan.value_bytes,
-        "distribution": str(plan.distribution),
-        "seconds": plan.timing.seconds,
-        "warmup_s": plan.timing.warmup_s,
-    }
+def _settings(call: Call, plan: Plan) -> dict[str, Any]:
+    return {"private_cluster": not call.names_nats, **plan.to_json()}
 
 
-# ---- the workloads ----
-
-
-async def _measure_all(
-    call: Call, db: Client, plan: Plan, keys: list[bytes]
-) -> list[dict[str, Any]]:
-    value = b"v" * plan.value_bytes
+async def _measure_all(call: Call, db: Client, plan: Plan, data: Data) -> list[dict[str, Any]]:
     call.out.note(f"loading {plan.keys:,} keys")
-    await _in_parts(keys, lambda part: db.put_many([(key, value) for key in part]))
-    picked = [keys[i] for i in pick(plan.keys, plan.distribution, _SEED)]
+    await load(db, data)
     results = []
     try:
         for workload in plan.workloads:
-            for callers in plan.callers_of(workload):
+            for callers in dict.fromkeys([1, plan.callers_of(workload)]):
                 call.out.note(f"measuring {workload} with {callers} caller(s)")
-                result = await _run(db, workload, picked, keys, value, callers, plan.timing)
+                result = await run(db, workload, data, callers, plan.timing)
                 results.append({"workload": str(workload), **result.to_json()})
     finally:
         if call.names_nats:
-            await _in_parts(keys, db.delete_many)
+            await in_parts(data.keys, db.delete_many)
     return results
-
-
-async def _in_parts(keys: list[bytes], work: Callable[[list[bytes]], Awaitable[Any]]) -> None:
-    parts = [keys[i : i + _MANY] for i in range(0, len(keys), _MANY)]
-    for i in range(0, len(parts), _MANY_CALLERS_MAX):
-        await asyncio.gather(*(work(part) for part in parts[i : i + _MANY_CALLERS_MAX]))
-
-
-async def _run(
-    db: Client, workload: Workload, picked: Sequence[bytes], keys: list[bytes], value: bytes,
-    callers: int, timing: Timing,
-) -> Result:  # fmt: skip
-    match workload:
-        case Workload.PUT:
-            return await run_callers(
-                lambda key: db.put(key, value), picked, callers=callers, timing=timing
-            )
-        case Workload.GET:
-            return await run_callers(db.get, picked, callers=callers, timing=timing)
-        case Workload.PUT_MANY:
-            items = [(key, value) for key in picked]
-            parts = [items[i : i + _MANY] for i in range(0, len(items) - _MANY, _MANY)]
-            return await run_callers(
-                db.put_many, parts, callers=callers, timing=timing, operations_per_call=_MANY
-            )
-        case _:
-            return await _run_scan(db, keys, callers, timing)
-
-
-async def _run_scan(db: Client, keys: list[bytes], callers: int, timing: Timing) -> Result:
-    """Every call reads the next keys after its own place; the places are spread over all keys."""
-    count = min(_MANY, len(keys))
-    last = len(keys) - count
-    places = [i * last // _MANY_CALLERS_MAX for i in range(_MANY_CALLERS_MAX)]
-
-    async def read(start: bytes) -> None:
-        left, fields = count, {"start": start}
-        while left:
-            page = await db.call("scan", {**fields, "limit": left})
-            left -= len(page["items"])
-            fields = {"start": start, "cursor": page["cursor"]}
-
-    return await run_callers(
-        read, [keys[i] for i in places], callers=callers, timing=timing, operations_per_call=count
-    )
 
 
 # ---- the floors ----
@@ -272,7 +265,7 @@ async def _measure_floor(
 
     call.out.note("measuring the floors: NATS echo, log commit")
     body_bytes, callers = key_bytes + plan.value_bytes, [*dict.fromkeys([1, plan.callers])]
-    entries = [*dict.fromkeys([1, plan.callers, _MANY])]
+    entries = [*dict.fromkeys([1, plan.callers, MANY])]
     try:
         echo = await measure_echo(options, folder, body_bytes, callers, plan.timing)
         log = await measure_log(folder, key_bytes, plan.value_bytes, entries, plan.timing)
@@ -284,9 +277,8 @@ async def _measure_floor(
 def _with_ratios(result: dict[str, Any], floor: dict[str, Any], plan: Plan) -> dict[str, Any]:
     """Throughput in relation to the floors; None where a floor has no say."""
     name, callers = result["workload"], result["callers"]
-    many = name in (Workload.PUT_MANY, Workload.SCAN)
-    echo_callers = plan.callers if many else callers
-    entry_operations = {Workload.PUT: callers, Workload.PUT_MANY: _MANY}.get(name)
+    echo_callers = plan.callers if Workload(name).is_many else callers
+    entry_operations = {Workload.PUT: callers, Workload.PUT_MANY: MANY}.get(name)
     return {
         **result,
         "echo_ratio": _ratio(result, floor["echo"], "callers", echo_callers),
@@ -330,3 +322,8 @@ def _print(call: Call, document: dict[str, Any]) -> None:
 
 def _row(result: dict[str, Any]) -> list[Any]:
     return [result["callers"], round(result["operations_per_s"]), *result["latency_ms"].values()]
+
+
+_BENCHES = {
+    "": _bench, _FOLD: _bench_fold, _JETSTREAM: _bench_jetstream, _PROFILE: _bench_profile,
+}  # fmt: skip

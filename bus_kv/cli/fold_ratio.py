@@ -9,26 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 import bus_kv
 from bus_kv.cli.local_cluster import LocalCluster
+from bus_kv.cli.measure import Spread, in_turn
+from bus_kv.cli.workloads import load, run
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
-    from bus_kv.cli.measure import Result
+    from bus_kv.cli.workloads import Data, Plan, Workload
     from bus_kv.client.client import Client
 
-    Run = Callable[[Client, Any, int], Awaitable[Result]]
-    """(client, workload, callers) -> what one round did."""
-
-ROUNDS = 7
 NEVER = {"fold_interval_ms": 10**9, "fold_bytes": 10**12, "unfolded_bytes_max": 10**12}
 
 
 async def measure_fold(
-    folder: Path, plan: Sequence[tuple[Any, int]], load: Callable[[Client], Awaitable[None]],
-    run: Run, note: Callable[[str], None],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One node of each kind on one nats-server; `plan` lists workloads and callers."""
+    folder: Path, plan: Plan, note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """One node of each kind on one nats-server. Raises ClusterError."""
+    data = plan.data("bench/")
     async with LocalCluster(folder / "fold", nodes=1, root="fold") as folding:
         connection = replace(folding.connection, root="never")
         never = LocalCluster(
@@ -41,32 +39,33 @@ async def measure_fold(
                 bus_kv.connect(options=connection) as without,
             ):
                 for db in (with_fold, without):
-                    await load(db)
+                    await load(db, data)
                 return [
-                    await _compare(with_fold, without, workload, callers, run, note)
-                    for workload, callers in plan
+                    await _compare(with_fold, without, workload, data, plan, note)
+                    for workload in plan.workloads
                 ]
 
 
 async def _compare(
-    with_fold: Client, without: Client, workload: Any, callers: int, run: Run,
+    with_fold: Client, without: Client, workload: Workload, data: Data, plan: Plan,
     note: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
+    callers = plan.callers_of(workload)
     note(f"measuring {workload} with {callers} caller(s), with and without the fold")
-    rounds: list[tuple[Result, Result]] = []
-    for i in range(ROUNDS):
-        order = (with_fold, without) if i % 2 else (without, with_fold)
-        results = {id(db): await run(db, workload, callers) for db in order}
-        rounds.append((results[id(with_fold)], results[id(without)]))
-    ratios = [fold.operations_per_s / never.operations_per_s for fold, never in rounds]
+    rounds = await in_turn(
+        lambda _: run(with_fold, workload, data, callers, plan.timing),
+        lambda _: run(without, workload, data, callers, plan.timing),
+        plan.rounds,
+    )
+    ratio = Spread.of([fold.operations_per_s / never.operations_per_s for fold, never in rounds])
     tails = [fold.latency_ms(99) / fold.latency_ms(50) for fold, _ in rounds]
     return {
         "workload": str(workload),
         "callers": callers,
         "with_fold_per_s": round(median(fold.operations_per_s for fold, _ in rounds)),
         "without_per_s": round(median(never.operations_per_s for _, never in rounds)),
-        "ratio": round(median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        "ratio": ratio.median,
+        "ratio_min": ratio.min,
+        "ratio_max": ratio.max,
         "p99_to_p50": round(median(tails), 2),
     }

@@ -6,11 +6,15 @@ import asyncio
 import random
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import median
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+
+    Round = Callable[[int], Awaitable["Result"]]
+    """(number of the round, from 0) -> what it did."""
 
 ZIPF_EXPONENT = 0.99
 """As YCSB has it: the hottest of 100,000 keys gets about a twelfth of the calls."""
@@ -53,6 +57,35 @@ class Result:
             "operations_per_s": round(self.operations_per_s, 1),
             "latency_ms": {n: round(self.latency_ms(p), 3) for n, p in percentiles.items()},
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What several rounds of the same say."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(*(round(f(values), 3) for f in (median, min, max)))
+
+    def __str__(self) -> str:
+        digits = 0 if self.max >= 100 else 2
+        return f"{self.median:,.{digits}f} ({self.min:,.{digits}f}–{self.max:,.{digits}f})"
+
+
+async def in_turn(first: Round, second: Round, rounds: int) -> list[tuple[Result, Result]]:
+    """So many rounds of both, whoever was last beginning the next: what drifts meets both alike."""
+    results = []
+    for i in range(rounds):
+        if i % 2:
+            after = await second(i)
+            results.append((await first(i), after))
+        else:
+            results.append((await first(i), await second(i)))
+    return results
 
 
 def pick(count: int, distribution: str, seed: int, picks: int = PICKS) -> list[int]:

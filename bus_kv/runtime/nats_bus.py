@@ -1,4 +1,4 @@
-"""NATS: the only module that imports its client library.
+"""NATS: the only module that imports its client library, but for the bench's jetstream_kv.py.
 
 `NatsBus` is one connection: it publishes, subscribes with callbacks that never wait, and leads answers back by a
 correlation number in the reply subject. A connection that is lost comes back by itself, for ever; what is published
@@ -182,8 +182,12 @@ class NatsBus:
     def is_clustered(self) -> bool:
         return bool(self._client._server_info.get("cluster"))  # no public accessor
 
-    def jetstream(self, timeout_s: float) -> JetStreamContext:
-        return self._client.jetstream(domain=self._options.js_domain, timeout=timeout_s)
+    def jetstream(self, timeout_s: float, unacknowledged_max: int = 4000) -> JetStreamContext:
+        """JetStream on this connection; `unacknowledged_max` bounds what `publish_async` has under way."""
+        return self._client.jetstream(
+            domain=self._options.js_domain, timeout=timeout_s,
+            publish_async_max_pending=unacknowledged_max,
+        )  # fmt: skip
 
     def reply_subject(self, correlation: int) -> str:
         return f"{self._inbox}.{correlation}"

@@ -1,6 +1,7 @@
-"""A nats-server process for a development cluster and for tests: its configuration and its life."""
+"""nats-server processes for development clusters, measurements and tests: their configuration and their life."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from bus_kv.runtime.nats_program import (
 
 __all__ = [
     "DEFAULT_PORT",
+    "SYNC_ALWAYS_VERSION_MIN",
+    "NatsCluster",
     "NatsServer",
     "NatsServerError",
     "NatsServerMissing",
@@ -34,10 +37,11 @@ __all__ = [
     "write_config",
 ]
 
-_SYNC_ALWAYS_VERSION_MIN = (2, 10, 0)
+SYNC_ALWAYS_VERSION_MIN = (2, 10, 0)
 """Older servers refuse the option and write to disk once a minute."""
 
 DEFAULT_PORT = 4222
+_HOST = "127.0.0.1"
 _PORTS_TRIED_MAX = 100
 _PORT_END = 65_536
 _LOG_LINES_MAX = 5
@@ -49,13 +53,16 @@ _POLL_INTERVAL_S = 0.02
 
 
 def write_config(
-    version: Version, *, port: int, store_dir: Path, host: str = "127.0.0.1", extra: str = ""
-) -> str:
+    version: Version, *, port: int, store_dir: Path, host: str = _HOST, extra: str = "",
+    sync_always: bool = True,
+) -> str:  # fmt: skip
     """The configuration of a development server of this version; nats.conf tells the reasons.
 
-    `port` -1 lets the server choose. `extra` is appended as it is.
+    `port` -1 lets the server choose. `extra` is appended as it is. Without `sync_always`, and in
+    servers too old for it, JetStream acknowledges what is not on disk yet.
     """
-    sync = "sync_interval: always" if version >= _SYNC_ALWAYS_VERSION_MIN else ""
+    always = sync_always and version >= SYNC_ALWAYS_VERSION_MIN
+    sync = "sync_interval: always" if always else ""
     return f"""\
 host: {json.dumps(host)}
 port: {port}
@@ -73,7 +80,7 @@ jetstream {{
 """
 
 
-def next_free_port(first: int = DEFAULT_PORT, host: str = "127.0.0.1") -> int:
+def next_free_port(first: int = DEFAULT_PORT, host: str = _HOST) -> int:
     """The first port from `first` on that nobody listens on. Raises NatsServerError."""
     end = min(first + _PORTS_TRIED_MAX, _PORT_END)
     for port in range(first, end):
@@ -108,9 +115,9 @@ class NatsServer:
     """One nats-server process with JetStream; port and data stay the same through a restart.
 
     Its configuration, log and data are in `folder`. Without `port` the first start takes a free
-    one. `extra` is added to the configuration; `config` is a file used instead of it, whose
-    relative paths start at `folder`. Use it as an async context manager, or call `start` and
-    `stop`.
+    one. `extra` is added to the configuration and `sync_always` goes into it (`write_config`);
+    `config` is a file used instead of it, whose relative paths start at `folder`. Use it as an
+    async context manager, or call `start` and `stop`.
     """
 
     def __init__(
@@ -118,9 +125,10 @@ class NatsServer:
         folder: Path,
         *,
         binary: Path | None = None,
-        host: str = "127.0.0.1",
+        host: str = _HOST,
         port: int | None = None,
         extra: str = "",
+        sync_always: bool = True,
         config: Path | None = None,
     ) -> None:
         self.folder = folder.absolute()
@@ -129,8 +137,11 @@ class NatsServer:
         self._host = host
         self._port = port
         self._extra = extra
+        self._sync_always = sync_always
         self._config = config
         self._process: asyncio.subprocess.Process | None = None
+        self.version: Version = (0, 0, 0)
+        """Of the program; known once started."""
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -160,8 +171,8 @@ class NatsServer:
         binary = self._binary or find_nats_server()
         if binary is None:
             raise NatsServerMissing
-        version = await asyncio.to_thread(server_version, binary)
-        log_start_bytes = self._prepare(version)
+        self.version = await asyncio.to_thread(server_version, binary)
+        log_start_bytes = self._prepare()
         self._process = await self._spawn(binary)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
@@ -201,13 +212,13 @@ class NatsServer:
         await self.stop()
         await self.start()
 
-    def _prepare(self, version: Version) -> int:
+    def _prepare(self) -> int:
         """Write what the process needs; the log's length in bytes before it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob("*.ports"):
                 stale.unlink()
-            self._config_path.write_text(self._config_text(version))
+            self._config_path.write_text(self._config_text())
             with self.log_path.open("ab") as log:
                 return log.tell()
         except OSError as error:
@@ -217,15 +228,16 @@ class NatsServer:
     def _config_path(self) -> Path:
         return self.folder / "nats.conf"
 
-    def _config_text(self, version: Version) -> str:
+    def _config_text(self) -> str:
         if self._config is not None:
             return self._config.read_text()
         return write_config(
-            version,
+            self.version,
             port=self._port or -1,
             store_dir=self.folder / "jetstream",
             host=self._host,
             extra=self._extra,
+            sync_always=self._sync_always,
         )
 
     def _argv(self, binary: Path) -> list[str]:
@@ -278,3 +290,75 @@ class NatsServer:
             for line in complaints[-_LOG_LINES_MAX:]
         )
         return f"nats-server did not start: {reason or 'it wrote no log'} (log: {self.log_path})"
+
+
+class NatsCluster:
+    """Servers of this machine that replicate JetStream among themselves, each as `NatsServer` has it."""
+
+    def __init__(self, folder: Path, *, size: int = 3, sync_always: bool = True) -> None:
+        ports = _free_ports(size)
+        routes = [f"nats://{_HOST}:{port}" for port in ports]
+        self.servers = [
+            NatsServer(
+                folder / f"nats-{i}", extra=_route_config(f"nats-{i}", port, routes),
+                sync_always=sync_always,
+            )
+            for i, port in enumerate(ports, 1)
+        ]  # fmt: skip
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.stop()
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of all servers, known once started."""
+        return tuple(server.url for server in self.servers)
+
+    @property
+    def version(self) -> Version:
+        """Of the program, known once started."""
+        return self.servers[0].version
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by server name."""
+        return {server.folder.name: server.pid for server in self.servers}
+
+    async def start(self) -> None:
+        """Start all and wait until they accept clients; JetStream elects its leader after that.
+
+        Raises as `NatsServer.start`.
+        """
+        try:
+            for server in self.servers:
+                await server.start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(server.stop() for server in self.servers))
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports for routes, which every server has to know before any of them runs."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((_HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _route_config(name: str, port: int, routes: list[str]) -> str:
+    return f"""\
+server_name: {name}
+cluster {{
+  name: bus_kv
+  listen: "{_HOST}:{port}"
+  routes: {json.dumps(routes)}
+}}
+"""

@@ -12,8 +12,10 @@ from typing import Any, Protocol
 import pytest
 import pytest_asyncio
 
+from bus_kv.cli import cpu
 from bus_kv.cli.local_cluster import ClusterError, LocalCluster
 from bus_kv.runtime.connection import ConnectOptions
+from bus_kv.runtime.nats_server import SYNC_ALWAYS_VERSION_MIN, server_version
 from tests.support.command import DEADLINE_S, Ran, run_module, start_module, until_gone
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -258,6 +260,7 @@ async def test_help_and_version():
 # ---- bench ----
 
 
+THREADS_OF_A_NODE = {"event loop", "log", "state"}
 BENCH = ("bench", "--seconds", "0.1", "--warmup", "0", "--keys", "1500", "--callers", "8")
 
 
@@ -303,6 +306,75 @@ async def test_bench_tells_what_the_fold_costs(nats_binary: Path, tmp_path: Path
     assert (row["workload"], row["callers"]) == ("get", 8)
     assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
     assert [*tmp_path.iterdir()] == []
+
+
+async def test_bench_compares_with_jetstream(nats_binary: Path, tmp_path: Path):
+    ran = await run_module(
+        *("bus_kv", *BENCH, "--jetstream", "--rounds", "1", "--json", "--data", str(tmp_path)),
+        env={"NATS_SERVER": str(nats_binary)},
+    )
+    assert ran.code == 0, ran.err
+    document = ran.document()
+    assert [shard["id"] for shard in document["settings"]["shards"]] == ["s1"]
+    fsynced = server_version(nats_binary) >= SYNC_ALWAYS_VERSION_MIN
+    names = ["put", "get", "lone put", "lone put, JetStream fsynced", "put_many"]
+    names = [name for name in names if fsynced or "fsynced" not in name]
+    assert [row["name"] for row in document["jetstream"]] == names
+    for row in document["jetstream"]:
+        assert row["unit"] == ("p50 ms" if "lone" in row["name"] else "keys/s")
+        for side in ("ours", "jetstream", "ratio"):
+            assert 0 < row[side]["min"] <= row[side]["median"] <= row[side]["max"]
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.skipif(not cpu.is_available(), reason="needs /proc")
+async def test_bench_tells_who_takes_the_cpu(nats_binary: Path, tmp_path: Path):
+    ran = await run_module(
+        *("bus_kv", *BENCH, "--seconds", "0.5", "--profile", "--json", "--data", str(tmp_path)),
+        env={"NATS_SERVER": str(nats_binary)},
+    )
+    assert ran.code == 0, ran.err
+    profiles = ran.document()["profile"]
+    assert [(p["workload"], p["callers"]) for p in profiles] == [("put", 8), ("put_many", 8)]
+    for profile in profiles:
+        assert profile["operations_per_s"] > 0
+        used = {(part["process"], part["thread"]): part["cpu_us"] for part in profile["parts"]}
+        roles = {part["process"]: part["role"] for part in profile["parts"]}
+        assert roles.keys() == {"client", "nats-server", "c1", "n1", "n2", "n3"}
+        primary = next(process for process, role in roles.items() if role == "primary")
+        assert {thread for process, thread in used if process == primary} >= THREADS_OF_A_NODE
+        assert used["client", "event loop"] > 0
+        assert used[primary, "event loop"] > 0
+        assert profile["cpu_us"] == pytest.approx(sum(used.values()))
+    assert [*tmp_path.iterdir()] == []
+
+
+async def test_bench_tables_of_comparison_and_profile(nats_binary: Path, tmp_path: Path):
+    brief = (*BENCH, "--rounds", "1", "--data", str(tmp_path))
+    env = {"NATS_SERVER": str(nats_binary)}
+    compared = await run_module("bus_kv", *brief, "get", "--jetstream", env=env)
+    assert compared.code == 0, compared.err
+    assert "shard s1 has the members n" in compared.text
+    assert "JetStream KV R3" in compared.text
+    if cpu.is_available():
+        profiled = await run_module("bus_kv", *brief, "put", "--profile", env=env)
+        assert profiled.code == 0, profiled.err
+        for word in ("put, 8 callers", "CPU us/key", "primary", "log", "state", "sum"):
+            assert word in profiled.text
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--jetstream", "--profile"), "--jetstream and --profile are given together"),
+        (("--jetstream", "scan"), "--jetstream cannot measure scan"),
+        (("--profile", "--nats", "nats://127.0.0.1:1"), "leave out --nats"),
+    ],
+)
+async def test_bench_says_what_does_not_go_together(words: tuple[str, ...], reason: str):
+    ran = await run_module("bus_kv", "bench", *words)
+    assert ran.code == 2
+    assert reason in ran.err
 
 
 # ---- up ----

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from bus_kv.cli.measure import Result, Timing, pick, run_callers
+from bus_kv.cli.measure import Result, Spread, Timing, in_turn, pick, run_callers
 
 
 def test_percentiles_are_of_the_sorted_latencies():
@@ -47,3 +47,22 @@ async def test_a_failing_call_ends_the_measurement_with_its_failure():
 
     with pytest.raises(ValueError, match="1"):
         await run_callers(call, [1], callers=3, timing=Timing(0.0, 1.0))
+
+
+async def test_rounds_are_taken_in_turn_and_kept_in_pairs():
+    order: list[str] = []
+
+    async def run(name: str, round: int) -> Result:
+        order.append(name)
+        return Result(round, 1, 1.0 if name == "first" else 2.0, [1])
+
+    pairs = await in_turn(lambda i: run("first", i), lambda i: run("second", i), rounds=3)
+    assert order == ["first", "second", "second", "first", "first", "second"]
+    assert [(a.callers, b.callers) for a, b in pairs] == [(0, 0), (1, 1), (2, 2)]
+    assert {(a.seconds, b.seconds) for a, b in pairs} == {(1.0, 2.0)}
+
+
+def test_a_spread_is_the_median_between_least_and_most():
+    assert Spread.of([3, 1, 2, 10, 2.5]) == Spread(2.5, 1, 10)
+    assert str(Spread.of([1, 2, 4])) == "2.00 (1.00–4.00)"
+    assert str(Spread.of([900, 1100.4, 20_000])) == "1,100 (900–20,000)"

@@ -124,6 +124,8 @@ def test_every_write_of_jetstream_goes_to_disk_where_the_server_can(
 ) -> None:
     config = write_config(version, port=4222, store_dir=Path("/data"))
     assert ("sync_interval: always" in config) == always
+    usual = write_config(version, port=4222, store_dir=Path("/data"), sync_always=False)
+    assert "sync_interval" not in usual
 
 
 def test_config_holds_what_was_asked_for() -> None:
