@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from bus_kv.protocol.shard_map import Configuration, ShardState
 from coordinator.machine import plan
 from coordinator.machine.attempt import Attempt
 from coordinator.machine.coordinator import CoordinatorMachine
-from nodes.machine import control, replica
+from nodes.machine import control
 from nodes.machine.replica import Replica, Status
 from nodes.machine.replication import Replication
 from nodes.machine.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import pytest
 
     from bus_kv.core.machine import ReplicaRow, Stored
     from bus_kv.protocol.shard_map import Shard
@@ -220,9 +220,9 @@ def dedup_not_shared_while_uncommitted(monkeypatch: pytest.MonkeyPatch) -> None:
     accept = Writer.accept
 
     def unknown(self: Writer, batch: Any, raw: bytes, time_ms: int, decision: Any) -> None:
-        remember, self.remember = self.remember, lambda logged: None  # type: ignore[method-assign]
-        accept(self, batch, raw, time_ms, decision)
-        self.remember = remember  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "remember", lambda logged: None)
+            accept(self, batch, raw, time_ms, decision)
         self._replica.tail.segments[-1].remembered = False
 
     monkeypatch.setattr(Writer, "accept", unknown)
@@ -276,6 +276,3 @@ def older_epochs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     honest = Replica._progress
     monkeypatch.setattr(Replica, "_progress", progress)
-
-
-del replica
