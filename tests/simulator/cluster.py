@@ -254,13 +254,12 @@ class Cluster:
         self.world.after(delay_ns, lambda: self._restart(process))
 
     def _can_lose(self, shard: Shard, incarnation: str) -> bool:
-        """Whether what a majority has is still there without this disk: W-1 of the last active members may go."""
-        active = shard.state is ShardState.ACTIVE
-        if not active and shard.last_active is None:
-            return True
-        last = shard if active or shard.last_active is None else shard.last_active
-        lost = [m for m in last.members if m.incarnation in self.lost | {incarnation}]
-        return len(lost) <= len(last.members) // 2
+        """Whether what a majority has is still there without this disk, also if an attempt becomes active right now."""
+        lost = self.lost | {incarnation}
+        for members in (shard.members, shard.last_active.members if shard.last_active else ()):
+            if members and sum(m.incarnation in lost for m in members) > len(members) // 2:
+                return False
+        return True
 
     def _operate(self, process: Process) -> None:
         """An operator has a primary replaced or moved, or changes the replication factor."""
