@@ -268,6 +268,8 @@ class StateStore:
 
     def _fold_until_done(self, fold: Fold) -> None:
         told = ""
+        sizes = [len(record[0]) for record in fold.records.values() if record is not None]
+        self._file.expect(fold.shard, max(sizes, default=0))
         while self._file.known.get(fold.shard) != fold.mark:
             try:
                 self._writer.write(fold, self._table(fold))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from duckdb import DuckDBPyConnection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_NAME = "state.duckdb"
 TEMPORARY_NAME = "state.tmp"
 TEMPORARY_SIZE_MAX = "4GB"
@@ -55,7 +55,11 @@ CREATE TABLE state.clients (
 """
 """What is appended in bulk and read by scans has no index to pay for."""
 
-_KV_COLUMNS = "key BLOB PRIMARY KEY, value BLOB, epoch BIGINT, seq BIGINT, expires_at BIGINT"
+_KV_COLUMNS = """
+    key BLOB PRIMARY KEY, value BLOB, value_bytes INTEGER NOT NULL, epoch BIGINT, seq BIGINT,
+    expires_at BIGINT
+"""
+"""Asking for the length of a value would read it; so there is a column for it."""
 _NO_KV = """
 SELECT NULL::VARCHAR AS keyspace, NULL::VARCHAR AS shard, NULL::BLOB AS key,
     NULL::VARCHAR AS key_text, NULL::BLOB AS value, NULL::VARCHAR AS value_text,
@@ -98,6 +102,8 @@ class StateFile:
         self.tables: dict[str, ShardTable] = {}
         self.known: dict[str, Mark] = {}
         """Marks of what was told to be folded."""
+        self.longest: dict[str, int] = {}
+        """Per shard, a length that none of its values exceeds."""
         try:
             _clear(directory)
             if not self.path.exists():
@@ -108,6 +114,7 @@ class StateFile:
         try:
             self._check(incarnation)
             self.tables, self.known = self._read_tables(), self.marks()
+            self.longest = {shard: self._longest(table) for shard, table in self.tables.items()}
             self._replace_views()
         except duckdb.Error as error:
             self.close()
@@ -155,9 +162,10 @@ class StateFile:
         version = meta.get("format_version", "")
         if not version.isdigit():
             raise damaged(self.path, "it does not say its format")
-        if int(version) > FORMAT_VERSION:
+        if int(version) != FORMAT_VERSION:
+            age = "newer" if int(version) > FORMAT_VERSION else "older"
             raise DiskError(
-                f"{self.path} has format {version}, newer than the {FORMAT_VERSION} this release "
+                f"{self.path} has format {version}, {age} than the {FORMAT_VERSION} this release "
                 "reads; start the release that wrote it, or start with --rebuild"
             )
         if meta.get("incarnation") != incarnation:
@@ -169,6 +177,14 @@ class StateFile:
     def _read_tables(self) -> dict[str, ShardTable]:
         rows = self._instance.execute("SELECT shard, number, keyspace FROM state.marks").fetchall()
         return {shard: ShardTable(number, keyspace) for shard, number, keyspace in rows}
+
+    def _longest(self, table: ShardTable) -> int:
+        query = f"SELECT coalesce(max(value_bytes), 0) FROM state.{table.name}"
+        return int(self._instance.execute(query).fetchall()[0][0])
+
+    def expect(self, shard: str, longest: int) -> None:
+        """Values up to this length are about to be written."""
+        self.longest[shard] = max(self.longest.get(shard, 0), longest)
 
     def cursor(self) -> DuckDBPyConnection:
         """A connection of its own to the instance, for one thread."""

@@ -41,8 +41,8 @@ def _name() -> Any:
 
 _RECORDS = pa.schema(
     {
-        "key": pa.binary(), "value": pa.binary(), "epoch": pa.int64(), "seq": pa.int64(),
-        "expires_at": pa.int64(),
+        "key": pa.binary(), "value": pa.binary(), "value_bytes": pa.int32(), "epoch": pa.int64(),
+        "seq": pa.int64(), "expires_at": pa.int64(),
     }
 )  # fmt: skip
 _DELETED = pa.schema({"key": pa.binary()})
@@ -64,8 +64,8 @@ _REQUESTS = pa.schema(
 
 _UPSERT = """
 INSERT INTO state.{table} SELECT * FROM records ON CONFLICT (key) DO UPDATE SET
-    value = excluded.value, epoch = excluded.epoch, seq = excluded.seq,
-    expires_at = excluded.expires_at
+    value = excluded.value, value_bytes = excluded.value_bytes, epoch = excluded.epoch,
+    seq = excluded.seq, expires_at = excluded.expires_at
 """
 _DELETE = "DELETE FROM state.{table} USING deleted WHERE {table}.key = deleted.key"
 _LOG = """
@@ -147,7 +147,8 @@ def _records(records: dict[bytes, Record | None]) -> Any:
     keys = [key for key, record in records.items() if record is not None]
     live = [record for record in records.values() if record is not None]
     # Not zip(*live): it makes an iterator per record, and the collector runs over all of them.
-    columns = [[record[at] for record in live] for at in range(4)]
+    columns: list[list[Any]] = [[record[at] for record in live] for at in range(4)]
+    columns.insert(1, [*map(len, columns[0])])
     return _table(_RECORDS, [keys, *columns])
 
 

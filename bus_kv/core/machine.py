@@ -188,19 +188,36 @@ class Fold:
     mark: Mark
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """In place of a value that was left on disk, and as long."""
+
+    value_bytes: int
+
+    def __len__(self) -> int:
+        return self.value_bytes
+
+
 @dataclass(slots=True)
 class Lookup:
-    """Records of these keys -> [(key, value, epoch, seq, expires_at)], absent keys left out."""
+    """Records of these keys -> [reached, (key, value, epoch, seq, expires_at)…], absent keys left out.
+
+    First those of `heads`, all of them with Unread in place of the value. Then those of `whole` in order, at least the
+    first, up to the one with which values come to `bytes_max`; `reached` tells how many keys of `whole` were gone
+    through by then.
+    """
 
     ticket: int
     shard: str
-    keys: list[bytes]
+    heads: list[bytes]
+    whole: list[bytes]
+    bytes_max: int
 
 
 @dataclass(slots=True)
 class RangeRead:
-    """Records of [start, end) in key order -> rows as Lookup's: `limit` of them, or up to the one with which keys and
-    values come to `bytes_max`, or all there are. `values` False leaves None in place of every value.
+    """Records of [start, end) in key order -> [(key, value, epoch, seq, expires_at)]: `limit` of them, or up to the one
+    with which keys and values come to `bytes_max`, or all there are. `values` False leaves None in place of all values.
     """
 
     ticket: int

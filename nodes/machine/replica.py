@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from bus_kv.knobs import Knobs
     from bus_kv.protocol.shard_map import Shard
     from bus_kv.protocol.sizes import Sizes
-    from nodes.machine.table import Record
+    from nodes.machine.loader import Known, Loaded
 
     Respond: TypeAlias = Callable[[BatchReply | BusKVError], None]
 
@@ -146,7 +146,7 @@ class Replica:
         """Operations answered since the start of the process."""
         self.lifetimes = Lifetimes(all_known=mark.last == 0)
         self.folder = Folder(shard.id, shard.keyspace, mark, self.table, self.lifetimes, knobs, ask)
-        self.loader = Loader(shard.id, self.table, ask)
+        self.loader = Loader(shard.id, self.table, ask, sizes.entry)
         self.scans = Scans(self, ask, sizes.page)
         self.history = History(self, ask, sizes.page)
         self._filter_builder = FilterBuilder(shard.id, self.table, ask)
@@ -159,7 +159,7 @@ class Replica:
         self._parks = 0
         self.erasing: dict[tuple[str, int], list[Callable[[Any], None]]] = {}
         """Who waits for the result of which delete_prefix."""
-        self._loaded: Writes = {}
+        self._loaded: Loaded = {}
         """Records from disk for the request that is resumed just now."""
 
     # ---- life cycle ----
@@ -254,12 +254,10 @@ class Replica:
             return self._park(deadline_ns, respond, partial(self.loader.requests_of, batch), again)
         records = self._committed(batch.keys) if reads else [*map(self.latest, batch.keys)]
         if UNKNOWN in records:
-            cold = [k for k, r in zip(batch.keys, records, strict=True) if r is UNKNOWN]
+            cold = {k for k, r in zip(batch.keys, records, strict=True) if r is UNKNOWN}
             # What was loaded before may have left memory again: all of it at once then.
-            cold += self._loaded
-            return self._park(
-                deadline_ns, respond, partial(self.loader.want, cold), partial(again, disk=disk)
-            )
+            fetch = partial(self.loader.want_for, batch, cold | self._loaded.keys())
+            return self._park(deadline_ns, respond, fetch, partial(again, disk=disk))
         self.operations += len(batch)
         if reads:
             return respond(self._read(batch, records))
@@ -283,7 +281,7 @@ class Replica:
 
     def _resume(
         self, batch: Batch, raw: bytes, epoch: int, deadline_ns: int, respond: Respond, park: int,
-        fetched: Writes | DiskRuns | str, disk: DiskRuns | None = None,
+        fetched: Loaded | DiskRuns | str, disk: DiskRuns | None = None,
     ) -> None:  # fmt: skip
         if self._parked.pop(park, None) is None:
             return None  # it was answered at its deadline
@@ -351,14 +349,14 @@ class Replica:
             for k, r in zip(keys, records, strict=True)
         ]
 
-    def _read(self, batch: Batch, records: list[Record | None]) -> BatchReply:
+    def _read(self, batch: Batch, records: list[Known | None]) -> BatchReply:
         reply = read_reply(records, self._sizes.entry)
         if batch.consistency == "one":
             reply.read = (self.shard.epoch, self.commit_seq, 0)
         return reply
 
     def _decide(
-        self, batch: Batch, records: list[Record | None], time_ms: int, disk: DiskRuns | None
+        self, batch: Batch, records: list[Known | None], time_ms: int, disk: DiskRuns | None
     ) -> Decision:
         """Outcomes of a batch at the end of the log, where its keys have these records.
 
@@ -452,11 +450,11 @@ class Replica:
         ended = self.lifetimes.pop_ended(time_ms, count_max)
         cold = [key for key in ended if self.latest(key) is UNKNOWN]
         if cold:
-            self.loader.want(cold, lambda loaded: self._expire_loaded(ended, loaded))
+            self.loader.want(cold, [], lambda loaded: self._expire_loaded(ended, loaded))
         elif ended:
             self._expire(ended)
 
-    def _expire_loaded(self, ended: dict[bytes, int], loaded: Writes | str) -> None:
+    def _expire_loaded(self, ended: dict[bytes, int], loaded: Loaded | str) -> None:
         if isinstance(loaded, str) or self.status is not Status.ACTIVE:
             return self.lifetimes.put_back(ended, self.time_ms)
         self._loaded = loaded
@@ -467,7 +465,7 @@ class Replica:
     def _expire(self, ended: dict[bytes, int]) -> None:
         """Delete those keys whose newest record still is the one whose lifetime has ended."""
         time_ms = max(self._now_ns() // 1_000_000, self.time_ms)
-        gone: dict[bytes, Record] = {}
+        gone: dict[bytes, Known] = {}
         for key, seq in ended.items():
             record = self.latest(key)
             if record is UNKNOWN:

@@ -17,6 +17,7 @@ from bus_kv.core.machine import (
     RangeCount,
     RangeRead,
     RequestsOf,
+    Unread,
 )  # fmt: skip
 from bus_kv.protocol import batch as b
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS
@@ -77,7 +78,7 @@ class Shard:
         rows = self.rows
         match query:
             case Lookup():
-                return [(key, *rows[key][1]) for key in query.keys if key in rows]
+                return self._lookup(query)
             case RangeRead():
                 return self._range(query)
             case RangeCount():
@@ -103,6 +104,21 @@ class Shard:
                 return []
             case _:
                 raise TypeError(f"unknown query {query!r}")
+
+    def _lookup(self, query: Lookup) -> list[Any]:
+        found: list[Any] = []
+        for key in query.heads:
+            if key in self.rows:
+                value, *rest = self.rows[key][1]
+                found.append((key, Unread(len(value)), *rest))
+        room = query.bytes_max
+        for reached, key in enumerate(query.whole):
+            if room <= 0:
+                return [reached, *found]
+            if key in self.rows:
+                found.append((key, *self.rows[key][1]))
+                room -= len(self.rows[key][1][0])
+        return [len(query.whole), *found]
 
     def _keys(self, start: bytes, end: bytes | None) -> list[bytes]:
         return sorted(k for k in self.rows if k >= start and (end is None or k < end))
