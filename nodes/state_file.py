@@ -343,6 +343,8 @@ def damaged(path: Path, reason: str) -> DiskError:
 
 
 _CORRUPT = ("Corrupt database file", "computed checksum", "Could not read enough bytes")
+_NO_MEMORY = ("failed to pin block", "failed to allocate data")
+"""What a commit says that had no memory: the error is not one of memory then."""
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -351,7 +353,7 @@ def explain(path: Path, error: Exception) -> DiskError:
     text = first_line(error)
     if any(sign in str(error) for sign in _FULL):
         return DiskFull(f"no space left for {path}")
-    if isinstance(error, duckdb.OutOfMemoryException):
+    if isinstance(error, duckdb.OutOfMemoryException) or any(n in text for n in _NO_MEMORY):
         return DiskFull(f"not enough memory to write {path}: {text}")
     if isinstance(error, duckdb.FatalException) or "has been invalidated" in str(error):
         return Invalidated(f"the state {path} failed: {text}")

@@ -12,7 +12,7 @@ from bus_kv.core.machine import Unread
 from bus_kv.errors import OutcomeUnknown, PreconditionFailed
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
-from bus_kv.protocol.sizes import READ_BYTES, RESULT_BYTES
+from bus_kv.protocol.sizes import READ_BYTES, RESULT_BYTES, UNANSWERED_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -210,6 +210,6 @@ def fit_values(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:
         if is_unread or (room < 0 and value is not None and i >= keep):
             outcomes[i] = b.UNANSWERED
             values[i], epochs[i], seqs[i] = None, 0, 0
-            room += size + READ_BYTES
+            room += size + READ_BYTES - UNANSWERED_BYTES
             reply.expires_at.pop(i, None)
     reply.outcomes = bytes(outcomes)

@@ -107,6 +107,7 @@ def test_a_request_gets_all_its_values_if_they_fit_a_reply() -> None:
     assert [*rig.loaded] == ["a"]
     rig.want("late", [], [b"a0000"])
     rig.answer()
+    assert [*rig.loaded] == ["a", "b"]
     rig.answer()
     assert [*rig.loaded] == ["a", "b", "c", "late"]
     assert all(None not in rig.values(name).values() for name in rig.loaded)

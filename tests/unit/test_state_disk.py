@@ -13,8 +13,9 @@ import duckdb
 import pytest
 
 from bus_kv.core.machine import Lookup
-from nodes.log import DiskError
+from nodes.log import DiskError, DiskFull
 from nodes.state import set_aside
+from nodes.state_file import explain
 from tests.support.command import environment
 from tests.support.state import (
     RandomWriter,
@@ -257,6 +258,21 @@ def test_a_damaged_file_is_refused(stopped: Path, spoil: Callable[[Path], None])
 def test_a_log_without_its_file_is_refused(stopped: Path) -> None:
     (stopped / FILE).rename(stopped / f"{FILE}.wal")
     assert "--rebuild" in refusal(stopped)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        duckdb.OutOfMemoryException("could not allocate block"),
+        duckdb.TransactionException(
+            "TransactionContext Error: Failed to commit: failed to pin block of size 256.0 KiB"
+        ),
+    ],
+)
+def test_too_little_memory_is_no_damage(tmp_path: Path, error: duckdb.Error) -> None:
+    problem = explain(tmp_path / FILE, error)
+    assert isinstance(problem, DiskFull)
+    assert "not enough memory" in str(problem)
 
 
 @pytest.mark.parametrize(("version", "says"), [("99", "newer"), ("1", "older")])
