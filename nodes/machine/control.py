@@ -38,6 +38,7 @@ class Control:
                 "open": self._on_open,
                 "active": self._on_active,
                 "fetch": self._on_fetch,
+                "snapshot": self._node.snapshots.on_question,
                 "answers": self._on_answers,
                 "remembered": self._on_remembered,
                 "sql": self._on_sql,

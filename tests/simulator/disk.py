@@ -24,8 +24,8 @@ class Disk:
         self._world = world
         self._random = world.random(f"disk/{name}")
         self.entries: dict[str, list[EntryRow]] = {}
-        self.archive: dict[str, list[EntryRow]] = {}
-        """Every entry that was ever durable, for the checkers: the log itself is trimmed."""
+        self.ever: dict[tuple[str, int, int], EntryRow] = {}
+        """Every entry that was ever durable here, by shard, epoch and last seq: the log itself is trimmed and cut."""
         self.state = State(world, name, self)
         self.replicas: dict[str, ReplicaRow] = {}
         self.incarnation = f"i{self._random.getrandbits(32):08x}"
@@ -73,14 +73,14 @@ class Disk:
     def _keep(self, appends: list[Append]) -> None:
         for append in appends:
             for row in append.entries:
-                for log in (self.entries, self.archive):
-                    rows = log.setdefault(row.shard, [])
-                    if isinstance(row, CutRow):
-                        log[row.shard] = [entry for entry in rows if entry.last <= row.last]
-                    elif rows and rows[-1].last >= row.last:
-                        raise Violation(f"entry {row.last} is appended behind {rows[-1].last}")
-                    else:
-                        rows.append(row)
+                rows = self.entries.setdefault(row.shard, [])
+                if isinstance(row, CutRow):
+                    self.entries[row.shard] = [entry for entry in rows if entry.last <= row.last]
+                elif rows and rows[-1].last >= row.last:
+                    raise Violation(f"entry {row.last} is appended behind {rows[-1].last}")
+                else:
+                    rows.append(row)
+                    self.ever[row.shard, row.epoch, row.last] = row
             for replica in append.replicas:
                 self.replicas[replica.shard] = replica
             self.map = append.map or self.map
