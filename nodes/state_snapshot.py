@@ -77,7 +77,7 @@ def _rows(
     statement = (
         f"SELECT * FROM state.{source} WHERE {' AND '.join(conditions)} ORDER BY {_ORDER[name]}"
     )
-    rows: Any = db.execute(statement, parameters).to_arrow_table()
+    rows: Any = db.sql(statement, params=parameters).to_arrow_table()
     return rows
 
 
