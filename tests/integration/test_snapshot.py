@@ -1,4 +1,4 @@
-"""A node that was away for longer than any log reaches back comes in again by a snapshot, and can be the primary then."""
+"""A node that was away for longer than the logs reach back comes in by a snapshot, and can be the primary then."""
 
 from __future__ import annotations
 

@@ -23,13 +23,16 @@ from tests.simulator.store import Store
 from tests.simulator.world import MILLISECOND_NS, SECOND_NS, Violation, World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from bus_kv.core.machine import EntryRow, Publish
     from bus_kv.protocol.shard_map import Shard
     from nodes.machine.replica import Replica
 
 MAX_PAYLOAD_BYTES = 65_536
+
+
+KINDS = ("crash", "crash", "pause", "pause", "cut", "store", "full", "operate", "operate", "loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class Shape:
     lost_answers: float
     fault_interval_ns: int
     knobs: Knobs
+    kinds: Sequence[str] = ("crash",)
+    """Of the faults that happen in this run."""
     haste: int = 1
     """Faults, and what is done about them, follow each other so many times faster."""
 
@@ -59,6 +64,7 @@ def draw_shape(world: World) -> Shape:
         slowness=random.choice([0.0, 0.01, 0.05, 0.3]),
         lost_answers=random.choice([0.0, 0.02, 0.2]),
         fault_interval_ns=random.choice([300, 800, 2000]) * MILLISECOND_NS // haste,
+        kinds=random.sample(KINDS, random.randint(2, len(KINDS))),
         haste=haste,
         knobs=Knobs(
             step_retry_ms=500 // haste,
@@ -185,19 +191,14 @@ class Cluster:
     def _fault(self) -> None:
         if self.healed:
             return
-        kinds = [
-            self._crash,
-            self._crash,
-            self._pause,
-            self._cut,
-            self._store_down,
-            self._disk_full,
-            self._operate,
-            self._lose_disk,
-        ]
+        kinds = {
+            "crash": self._crash, "pause": self._pause, "cut": self._cut,
+            "store": self._store_down, "full": self._disk_full, "operate": self._operate,
+            "loss": self._lose_disk,
+        }  # fmt: skip
         # The first node is the one that gets the first shard: faults elsewhere teach less.
         victims = [self.nodes[0]] * 3 + self.nodes + self.coordinators
-        self._random.choice(kinds)(self._random.choice(victims))
+        kinds[self._random.choice(self.shape.kinds)](self._random.choice(victims))
         self._next_fault()
 
     def _duration_ns(self, seconds_max: int) -> int:

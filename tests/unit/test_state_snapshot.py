@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from bus_kv.core.machine import Fold
+
 CHUNK_BYTES = 4000
 
 
@@ -71,7 +73,8 @@ def test_folds_in_between_change_nothing_once_their_log_has_followed(
     writer = RandomWriter(seed=3)
     for _ in range(10):
         source.do(writer.next_fold())
-    mark, later = writer.on_disk.mark, []
+    mark = writer.on_disk.mark
+    later: list[Fold] = []
 
     def fold() -> None:
         if len(later) < 10:
