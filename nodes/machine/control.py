@@ -176,6 +176,9 @@ class Control:
                 continue
             if item["type"] == "matched":
                 replica.on_replica_answer(item)
+            elif item["type"] == "here":
+                if replica.replication is not None:
+                    replica.replication.remind()
             else:
                 self._node.fetch_map()  # a replica has promised more: a newer epoch has begun
 

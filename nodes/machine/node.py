@@ -566,6 +566,7 @@ class NodeMachine:
             replica.step_down("another configuration of the shard is active")
         if shard.epoch >= replica.promised[0] and shard.primary != self.config.id:
             replica.shard = shard
+            replica.greet(shard)
         return None
 
     def _create_if_named(self, shard: Shard) -> None:

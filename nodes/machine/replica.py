@@ -441,6 +441,7 @@ class Replica:
         self.status = Status.FOLLOWING
         self._primary, self._heard_ns = primary, self.now_ns
         self._primary_commit = max(self._primary_commit, fields["commit"])
+        is_new_round = fields["round"] > self._round
         self._round = max(self._round, fields["round"])
         previous = (fields["previous"][0], fields["previous"][1])
         end = self._join(previous, fields["entries"])
@@ -449,7 +450,17 @@ class Replica:
             self.pull.start(Member(primary, fields["to"].get(primary, "")))
         else:
             self._matched = max(self._matched, end[1])
-        return self._acknowledge()
+        if is_new_round or self._matched <= self.durable_seq:
+            self._acknowledge()  # else soon, when what has come is durable
+        return None
+
+    def greet(self, shard: Shard) -> None:
+        """Tell the primary of this record that nobody has told the replica anything: it will remind."""
+        own = Member(self.node, self.incarnation)
+        if self.status in (Status.RESTARTED, Status.PROMISED) and (
+            own in shard.members or own in shard.learners
+        ):
+            self.ports.tell(shard.primary, {"type": "here", "shard": shard.id})
 
     def take_fetched(self, after: Position, bodies: list[bytes]) -> Position | None:
         """Entries that were fetched, to stand behind `after`; None when the own log has no such place any more."""

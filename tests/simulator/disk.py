@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Answered, AppendCompleted, AppendStalled, CutRow, Trim
+from tests.simulator.describe import describe_append
 from tests.simulator.state import State
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
 
@@ -21,7 +22,7 @@ FSYNC_NS = (150 * MICROSECOND_NS, 900 * MICROSECOND_NS)
 
 class Disk:
     def __init__(self, world: World, name: str) -> None:
-        self._world = world
+        self._world, self._name = world, name
         self._random = world.random(f"disk/{name}")
         self.entries: dict[str, list[EntryRow]] = {}
         self.ever: dict[tuple[str, int, int], EntryRow] = {}
@@ -72,6 +73,9 @@ class Disk:
 
     def _keep(self, appends: list[Append]) -> None:
         for append in appends:
+            if self._world.tell is not None:
+                for line in describe_append(append):
+                    self._world.tell(self._name, line)
             for row in append.entries:
                 rows = self.entries.setdefault(row.shard, [])
                 if isinstance(row, CutRow):
