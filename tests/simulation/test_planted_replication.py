@@ -17,7 +17,7 @@ from nodes.machine import control
 from nodes.machine.replica import Replica, Status
 from nodes.machine.replication import Replication
 from nodes.machine.writer import Writer
-from tests.simulator.run import run
+from tests.simulation.test_seeds import run_all
 from tests.simulator.world import Violation
 
 if TYPE_CHECKING:
@@ -263,5 +263,4 @@ def test_a_broken_rule_is_caught(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(Violation, match=promise):
-        for seed in range(1, 101):
-            run(seed)
+        run_all(range(1, 101))
