@@ -1,0 +1,193 @@
+"""Receipts under faults: what was told of a write's fate is not contradicted later, by any node, and the log agrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus_kv.client.results import Receipt
+from bus_kv.client.session import Session
+from bus_kv.protocol import batch as b
+from nodes.machine.replica import Replica
+from tests.simulator import checkers
+from tests.simulator.cluster import Cluster, draw_shape
+from tests.simulator.process import Process
+from tests.simulator.world import MILLISECOND_NS, SECOND_NS, START_NS, Violation, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+COMMITTED = ("quorum", "all")
+SAFETY_NS = 6 * SECOND_NS
+LIVENESS_NS = 60 * SECOND_NS
+
+
+@dataclass(slots=True)
+class Told:
+    version: tuple[int, int]
+    asked_ns: int
+    answered_ns: int = 0
+    state: str = ""
+
+
+@dataclass(slots=True)
+class Put:
+    version: tuple[int, int] | None = None
+
+
+class BearableCluster(Cluster):
+    """Every disk comes back: the log has what was committed."""
+
+    def _lose_disk(self, process: Process) -> None:
+        self._crash(process)
+
+
+@dataclass
+class Writer:
+    """Puts at ONE, one after the other, and asks again and again what became of the last ones."""
+
+    world: World
+    cluster: Cluster
+    name: str
+    told: list[Told] = field(default_factory=list)
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.random = self.world.random(f"receipts/{self.name}")
+        self.process = self.cluster.start_client(self.name, self.done)
+        self.put()
+
+    @property
+    def session(self) -> Session:
+        assert isinstance(self.process.machine, Session)
+        return self.process.machine
+
+    def put(self) -> None:
+        if not self.stopped:
+            key, value = self.random.choice([b"a", b"b"]), self.name.encode()
+            now_ns = self.process.now_ns
+            self.session.submit(b.PUT, key, value, Put(), now_ns, consistency="one")
+            self.process.schedule()
+
+    def ask(self, version: tuple[int, int]) -> None:
+        fields = {"shard": "s1", "version": [*version]}
+        told = Told(version, self.world.now_ns)
+        self.session.call("receipt", fields, told, self.process.now_ns)
+        self.process.schedule()
+
+    def done(self, tokens: Any, outcomes: Any) -> None:
+        for token, outcome in zip(tokens, outcomes, strict=True):
+            if isinstance(token, Told):
+                self.on_told(token, outcome)
+            else:
+                self.on_put(outcome)
+
+    def on_told(self, told: Told, outcome: Any) -> None:
+        if isinstance(outcome, dict):
+            told.answered_ns, told.state = self.world.now_ns, outcome["state"]
+            self.told.append(told)
+
+    def on_put(self, outcome: Any) -> None:
+        if isinstance(outcome, Receipt) and outcome.version is not None:
+            self.versions.append(outcome.version)
+        for version in self.versions[-3:]:
+            pause_ns = self.random.randint(0, 400) * MILLISECOND_NS
+            self.world.after(pause_ns, lambda version=version: self.ask(version))  # type: ignore[misc]
+        self.world.after(self.random.randint(0, 50) * MILLISECOND_NS, self.put)
+
+
+def run(seed: int) -> list[Told]:
+    """All that was told, the last of it after healing. Raises Violation."""
+    world = World(seed)
+    cluster = BearableCluster(world, draw_shape(world))
+    cluster.start()
+    writers = [Writer(world, cluster, f"w{i}") for i in range(2)]
+    world.run_until(START_NS + SECOND_NS)
+    cluster.begin_faults()
+    world.run_until(START_NS + SAFETY_NS)
+    cluster.heal()
+    for writer in writers:
+        writer.stopped = True
+    world.run_until(START_NS + SAFETY_NS + LIVENESS_NS, done=lambda: cluster.is_settled)
+    versions = [version for writer in writers for version in writer.versions]
+    last = len(writers[0].told)
+    for version in versions:
+        writers[0].ask(version)
+    world.run_until(world.now_ns + 30 * SECOND_NS)
+    told = [told for writer in writers for told in writer.told]
+    check(seed, told)
+    check_last(seed, cluster, [t for t in writers[0].told[last:] if t.version in versions])
+    return told
+
+
+def check(seed: int, told: list[Told]) -> None:
+    """What was told before a question was asked holds for its answer."""
+    final: dict[tuple[int, int], Told] = {}
+    for one in sorted(told, key=lambda t: t.answered_ns):
+        before = final.get(one.version)
+        if before is not None and before.answered_ns < one.asked_ns and _differ(before, one):
+            raise Violation(f"seed {seed}: first {before}, then {one}")
+        if one.state in (*COMMITTED, "rolled_back") and before is None:
+            final[one.version] = one
+
+
+def _differ(before: Told, after: Told) -> bool:
+    return (before.state in COMMITTED) != (after.state in COMMITTED) or (
+        before.state not in COMMITTED and before.state != after.state
+    )
+
+
+def check_last(seed: int, cluster: Cluster, told: list[Told]) -> None:
+    disk = cluster.peers[cluster.map().shards["s1"].primary].disk
+    assert disk is not None
+    log = {operation.version for operation in checkers.read_log(disk.archive["s1"])}
+    assert told, f"seed {seed}: nothing was told"
+    for one in told:
+        if (one.state in COMMITTED) is not (one.version in log) or one.state == "unknown":
+            raise Violation(f"seed {seed}: {one}, in the log: {one.version in log}")
+
+
+@pytest.mark.timeout(300)
+def test_what_was_told_of_a_write_holds() -> None:
+    told = [one for seed in range(1, 31) for one in run(seed)]
+    assert {"primary", "quorum", "all", "rolled_back"} <= {one.state for one in told}
+
+
+def told_without_confirmation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A primary tells what it thinks, whether or not it still is one."""
+
+    def answer(
+        self: Replica, consistency: str, deadline_ns: int, respond: Callable[[Any], None],
+        reply: Any, seq: int, is_read: bool = True,
+    ) -> None:  # fmt: skip
+        if reply is None:
+            return respond(None)
+        return honest(self, consistency, deadline_ns, respond, reply, seq, is_read)
+
+    honest = Replica.answer_read
+    monkeypatch.setattr(Replica, "answer_read", answer)
+
+
+def rolled_back_too_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not committed yet is taken for lost."""
+    fate = Replica.fate
+
+    def hasty(self: Replica, version: tuple[int, int]) -> str:
+        state = fate(self, version)
+        return "rolled_back" if state == "primary" and self.age_ms == 0 else state
+
+    monkeypatch.setattr(Replica, "fate", hasty)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("plant", [told_without_confirmation, rolled_back_too_soon])
+def test_a_planted_bug_is_caught(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises(Violation, match="first Told"):
+        for seed in range(1, 201):
+            run(seed)
