@@ -33,7 +33,14 @@ from bus_kv.core.machine import (
     Subscribe,
 )  # fmt: skip
 from bus_kv.core.timers import Timers
-from bus_kv.errors import BusKVError, NotPrimary, Overloaded, ShardUnavailable, ValueTooLarge
+from bus_kv.errors import (
+    BusKVError,
+    NotPrimary,
+    OutcomeUnknown,
+    Overloaded,
+    ShardUnavailable,
+    ValueTooLarge,
+)  # fmt: skip
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol.batch import GET, check_batch
 from bus_kv.protocol.codec import (
@@ -77,7 +84,7 @@ from nodes.machine.fit import encode_fitting
 from nodes.machine.gateway import Gateway
 from nodes.machine.map_reader import MapReader
 from nodes.machine.replica import Past, Ports, Replica, Status
-from nodes.machine.shard_requests import ShardRequests
+from nodes.machine.shard_requests import ShardRequests, requested_epoch
 from nodes.machine.sql import SqlGateway
 
 if TYPE_CHECKING:
@@ -478,7 +485,11 @@ class NodeMachine:
         """The answer to a message that found the inbox full."""
         if not message.reply or message.channel not in ("verb", "shard", "read"):
             return None
-        error = Overloaded(f"node {self.config.id} has a full inbox; send it again")
+        error: BusKVError = Overloaded(f"node {self.config.id} has a full inbox; send it again")
+        replica = self.replicas.get(message.name) if message.channel == "shard" else None
+        if replica is not None and requested_epoch(message.body) > replica.opened_epoch:
+            # A later primary may have got the same message, and do it.
+            error = OutcomeUnknown(error.message)
         body = encode_body(codec_of(message.body), error.to_body())
         return Publish(message.reply, body, failure_headers(error))
 

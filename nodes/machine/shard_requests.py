@@ -149,6 +149,16 @@ class ShardRequests:
         )
 
 
+def requested_epoch(body: bytes) -> int:
+    """The epoch that a request names, 0 when it is none."""
+    try:
+        fields = decode_cbor(body) if codec_of(body) is Codec.CBOR else decode_body(body)[1]
+    except BusKVError:
+        return 0
+    epoch = fields.get("epoch")
+    return epoch if type(epoch) is int else 0
+
+
 def _read_at_one(batch: Batch) -> Batch:
     if batch.kinds.count(GET) < len(batch):
         raise MalformedRequest("replicas answer gets only; send writes to the primary")

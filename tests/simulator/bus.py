@@ -28,8 +28,9 @@ class Subscription:
 
 
 class Bus:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, haste: int) -> None:
         self._world = world
+        self._slow_delay_ns = SLOW_DELAY_NS // haste
         self._random = world.random("bus")
         self._subscriptions: list[Subscription] = []
         self._last_delivery_ns: dict[tuple[str, str], int] = {}
@@ -88,7 +89,7 @@ class Bus:
             return
         delay_ns = self._random.randint(*DELAY_NS)
         if self._random.random() < self.slowness:
-            delay_ns += self._random.randint(0, SLOW_DELAY_NS)
+            delay_ns += self._random.randint(0, self._slow_delay_ns)
         pair = (sender, process.name)
         when_ns = max(self._world.now_ns + delay_ns, self._last_delivery_ns.get(pair, 0))
         self._last_delivery_ns[pair] = when_ns

@@ -10,7 +10,7 @@ import cbor2
 from bus_kv.client.session import Session
 from bus_kv.knobs import Knobs
 from bus_kv.protocol.codec import encode_json
-from bus_kv.protocol.shard_map import ShardState, from_document
+from bus_kv.protocol.shard_map import ShardMap, ShardState, from_document
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 from nodes.machine.node import NodeConfig, NodeMachine
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import Publish
-    from bus_kv.protocol.shard_map import Shard, ShardMap
+    from bus_kv.protocol.shard_map import Shard
     from nodes.machine.replica import Replica
 
 MAX_PAYLOAD_BYTES = 65_536
@@ -77,7 +77,10 @@ def draw_shape(world: World) -> Shape:
             log_keep_bytes=1_000_000,
             dedup_runs_max=random.choice([0, 3, 1000]),
             client_window_messages=random.choice([1, 4]),
-            answer_within_ms=random.choice([300, 1500]),
+            answer_within_ms=random.choice([300, 1500]) // haste,
+            store_timeout_ms=2000 // haste,
+            client_attempt_ms=2000 // haste,
+            suspect_after_ms=250 // haste,
             client_fill_operations=random.choice([1, 3]),
             turn_operations_max=random.choice([1, 4, 100]),
             client_batch_operations_max=random.choice([2, 100]),
@@ -89,7 +92,7 @@ def draw_shape(world: World) -> Shape:
 class Cluster:
     def __init__(self, world: World, shape: Shape) -> None:
         self.world, self.shape = world, shape
-        self.bus, self.store = Bus(world), Store(world)
+        self.bus, self.store = Bus(world, shape.haste), Store(world, shape.haste)
         self.subjects = Subjects("sim")
         self.peers: dict[str, Process] = {}
         self.nodes = [self._process(f"n{i + 1}", True) for i in range(shape.nodes)]
@@ -98,6 +101,7 @@ class Cluster:
         """(shard, epoch) -> (node, life) that was seen serving it."""
         self.committed: dict[tuple[str, int], int] = {}
         """(shard, seq) of the end of a committed entry -> its epoch."""
+        self._map = (0, ShardMap())
         self.lost: set[str] = set()
         """Incarnations of disks that are gone."""
         self.lost_disks: list[Disk] = []
@@ -251,13 +255,12 @@ class Cluster:
         self.world.after(delay_ns, lambda: self._restart(process))
 
     def _can_lose(self, shard: Shard, incarnation: str) -> bool:
-        """Whether what a majority has is still there without this disk: W-1 of the last active members may go."""
-        active = shard.state is ShardState.ACTIVE
-        if not active and shard.last_active is None:
-            return True
-        last = shard if active or shard.last_active is None else shard.last_active
-        lost = [m for m in last.members if m.incarnation in self.lost | {incarnation}]
-        return len(lost) <= len(last.members) // 2
+        """Whether what a majority has is still there without this disk, also if an attempt becomes active right now."""
+        lost = self.lost | {incarnation}
+        for members in (shard.members, shard.last_active.members if shard.last_active else ()):
+            if members and sum(m.incarnation in lost for m in members) > len(members) // 2:
+                return False
+        return True
 
     def _operate(self, process: Process) -> None:
         """An operator has a primary replaced or moved, or changes the replication factor."""
@@ -335,8 +338,7 @@ class Cluster:
     @property
     def is_serving(self) -> bool:
         """Every shard of the map has its primary ACTIVE."""
-        document = self.store.document("map")
-        shards = from_document(document).shards.values() if document else ()
+        shards = self.map().shards.values() if self.store.revision("map") else ()
         return bool(shards) and all(map(self._serves, shards))
 
     @property
@@ -371,7 +373,9 @@ class Cluster:
         return active and replica is not None and replica.shard.epoch == shard.epoch
 
     def map(self) -> ShardMap:
-        document = self.store.document("map")
-        if document is None:
-            raise Violation("liveness: no map was ever written")
-        return from_document(document)
+        revision = self.store.revision("map")
+        if self._map[0] != revision:
+            document = self.store.document("map")
+            assert document is not None
+            self._map = (revision, from_document(document))
+        return self._map[1]

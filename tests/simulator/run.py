@@ -11,7 +11,8 @@ from tests.simulator.cluster import Cluster, draw_shape
 from tests.simulator.workload import Call, Workload
 from tests.simulator.world import SECOND_NS, START_NS, Violation, World
 
-SAFETY_NS = 6 * SECOND_NS
+SAFETY_NS = {1: 6 * SECOND_NS, 3: 3 * SECOND_NS, 10: 3 * SECOND_NS // 2}
+"""How long faults last, by the haste of the run."""
 STABLE_NS = 4 * SECOND_NS
 LIVENESS_NS = 120 * SECOND_NS
 
@@ -42,20 +43,20 @@ def _run(world: World) -> Result:
     cluster = Cluster(world, shape)
     history: list[Call] = []
     cluster.start()
-    workloads = [Workload(world, cluster, f"w{i}", 3, history) for i in range(shape.clients)]
-    world.run_until(START_NS + SECOND_NS)
+    workloads = [Workload(world, cluster, f"w{i}", 5, history) for i in range(shape.clients)]
+    world.run_until(START_NS + SECOND_NS, done=lambda: cluster.is_serving)
     cluster.begin_faults()
-    world.run_until(START_NS + SAFETY_NS)
+    world.run_until(world.now_ns + SAFETY_NS[shape.haste])
     cluster.heal()
-    world.run_until(START_NS + SAFETY_NS + SECOND_NS)
+    world.run_until(world.now_ns + SECOND_NS // shape.haste)
     for workload in workloads:
         workload.stopped = True
-    end_ns = START_NS + SAFETY_NS + LIVENESS_NS
+    end_ns = world.now_ns + LIVENESS_NS
     world.run_until(end_ns, done=lambda: cluster.is_settled and not any(w.open for w in workloads))
     if not cluster.is_settled:
         raise Violation(f"liveness: shards are not whole after healing: {cluster.map().public()}")
     epochs = cluster.map().last_epoch
-    world.run_until(world.now_ns + STABLE_NS)
+    world.run_until(world.now_ns + STABLE_NS // shape.haste)
     if cluster.map().last_epoch != epochs:
         raise Violation("liveness: epochs change although nothing fails")
     _check(cluster, workloads, history)

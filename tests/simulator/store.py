@@ -17,7 +17,8 @@ DELAY_NS = (MILLISECOND_NS, 8 * MILLISECOND_NS)
 
 
 class Store:
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, haste: int) -> None:
+        self._no_answer_ns = 2 * SECOND_NS // haste
         self._world = world
         self._random = world.random("store")
         self._revision = 0
@@ -38,14 +39,14 @@ class Store:
         if self._world.now_ns < self.down_until_ns:
             if self._random.random() < self.lost_answers:
                 # Not lost but late: the change is made when nobody expects it any more.
-                delay_ns = self._random.randint(1, 6) * SECOND_NS
+                delay_ns = self._random.randint(1, 6) * self._no_answer_ns // 2
                 self._world.after(delay_ns, lambda: self._apply_late(effect))
             stored = Stored(effect.correlation, failure="no answer")
-            return self._world.after(2 * SECOND_NS, lambda: tell(stored))
+            return self._world.after(self._no_answer_ns, lambda: tell(stored))
         stored = self._apply(effect)
         if self._random.random() < self.lost_answers:
             stored = Stored(effect.correlation, failure="no answer")
-            return self._world.after(2 * SECOND_NS, lambda: tell(stored))
+            return self._world.after(self._no_answer_ns, lambda: tell(stored))
         return self._world.after(self._random.randint(*DELAY_NS), lambda: tell(stored))
 
     def _apply_late(self, effect: StoreGet | StoreCas) -> None:
@@ -53,6 +54,9 @@ class Store:
 
     def _apply(self, effect: StoreGet | StoreCas) -> Stored:
         return self._read(effect) if isinstance(effect, StoreGet) else self._write(effect)
+
+    def revision(self, key: str) -> int:
+        return self._values.get(key, (0, ""))[0]
 
     def document(self, key: str) -> dict[str, Any] | None:
         """What the store holds, for checkers."""

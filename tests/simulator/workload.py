@@ -65,7 +65,8 @@ class Workload:
         return self._process.machine
 
     def _think(self) -> None:
-        self._world.after(self._random.randint(0, 60) * MILLISECOND_NS, self._next)
+        pause_ns = self._random.randint(0, 60) * MILLISECOND_NS
+        self._world.after(pause_ns // self._cluster.shape.haste, self._next)
 
     def _next(self) -> None:
         if self.stopped:
