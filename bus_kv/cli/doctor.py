@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,11 +76,12 @@ async def _restore_map(call: Call, yes: bool) -> int:
 
 
 def _is_confirmed() -> bool:
-    try:
-        return typer.confirm(_QUESTION, err=True)
-    except typer.Abort:
-        typer.echo(err=True)  # stdin has ended behind the question
-        return False
+    """Ask on stderr: stdout may be read by a program."""
+    print(f"{_QUESTION} [y/N]: ", end="", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline()
+    if not answer.endswith("\n"):
+        print(file=sys.stderr)
+    return answer.strip().lower() in ("y", "yes")
 
 
 async def _examine(db: Client) -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -73,7 +74,11 @@ class Writer:
             self.session.submit(b.PUT, key, value, Put(), now_ns, consistency="one")
             self.process.schedule()
 
-    def ask(self, version: tuple[int, int]) -> Told:
+    def ask(self, version: tuple[int, int]) -> None:
+        self.inquire(version)
+
+    def inquire(self, version: tuple[int, int]) -> Told:
+        """Ask; what is returned is filled in with the answer."""
         fields = {"shard": "s1", "version": [*version]}
         told = Told(version, self.world.now_ns)
         self.session.call("receipt", fields, told, self.process.now_ns)
@@ -97,7 +102,7 @@ class Writer:
             self.versions.append(outcome.version)
         for version in self.versions[-3:]:
             pause_ns = self.random.randint(0, 400) * MILLISECOND_NS
-            self.world.after(pause_ns, lambda version=version: self.ask(version))  # type: ignore[misc]
+            self.world.after(pause_ns, partial(self.ask, version))
         self.world.after(self.random.randint(0, 50) * MILLISECOND_NS, self.put)
 
 
@@ -114,7 +119,7 @@ def run(seed: int) -> list[Told]:
     for writer in writers:
         writer.stopped = True
     world.run_until(world.now_ns + LIVENESS_NS, done=lambda: cluster.is_settled)
-    last = [writers[0].ask(v) for writer in writers for v in writer.versions]
+    last = [writers[0].inquire(v) for writer in writers for v in writer.versions]
     world.run_until(world.now_ns + LIVENESS_NS, done=lambda: all(one.state for one in last))
     told = [told for writer in writers for told in writer.told]
     check(seed, told)
@@ -182,7 +187,7 @@ def story() -> list[str]:
     (version,) = client.versions
     world.run_until(world.now_ns + 20 * SECOND_NS, done=lambda: cluster.map().last_epoch > 1)
     world.run_until(world.now_ns + SECOND_NS, done=lambda: cluster.is_serving)
-    asked = [client.ask(version) for _ in range(20)]
+    asked = [client.inquire(version) for _ in range(20)]
     world.run_until(world.now_ns + 20 * SECOND_NS)
     return [one.state for one in asked]
 
