@@ -100,6 +100,10 @@ class Knobs:
     """And after this when nothing is: that is how old a ONE read of an idle shard can be without anybody's fault."""
     pull_retry_ms: int = 500
     """An unanswered question for another replica's log is asked again after this."""
+    snapshot_retry_ms: int = 5000
+    """An unanswered question for a chunk of a snapshot is asked again after this."""
+    snapshot_bytes_per_s: int = 32 << 20
+    """A learner takes a snapshot no faster than this."""
     expire_batch_operations_max: int = 1000
     """Expirations written in one turn, so that a mass expiry does not delay requests."""
 

@@ -30,6 +30,7 @@ from nodes.state_file import STATE_NAME
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from bus_kv.core.machine import ReplicaRow
     from bus_kv.knobs import Knobs
     from bus_kv.runtime.connection import ConnectOptions
 
@@ -161,7 +162,7 @@ class NodeHost:
                 self._machine.restore_map(document)
             for row in self._log.replicas():
                 mark = marks.get(row.shard, Mark())
-                self._check_log(row.shard, mark)
+                self._check_log(row, mark)
                 past = Past(mark, self._state.clients(row.shard))
                 replica = self._machine.restore(row, past)
                 for entry in self._log.entries(row.shard, after=mark.last):
@@ -178,11 +179,13 @@ class NodeHost:
                 "or move the data directory away and start the node with an empty one"
             ) from None
 
-    def _check_log(self, shard: str, mark: Mark) -> None:
+    def _check_log(self, row: ReplicaRow, mark: Mark) -> None:
         """The newest entry stays in the log: one that ends before the state does is not the log that belongs to it."""
-        if self._log.end(shard) < mark.last:
+        shard, end = row.shard, self._log.end(row.shard)
+        from_snapshot = not end and mark.last == row.base_seq
+        if end < mark.last and not from_snapshot:
             raise DiskError(
-                f"the log {self._log.path} ends at {self._log.end(shard)} of shard {shard}, before the "
+                f"the log {self._log.path} ends at {end} of shard {shard}, before the "
                 f"state, which has it up to {mark.last}: it is an older copy; put the right one back"
             )
         _check_start(self._log, shard, mark)

@@ -53,7 +53,8 @@ _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE replicas (
     shard TEXT PRIMARY KEY, promised_epoch INTEGER NOT NULL, promised_token TEXT NOT NULL,
-    opened_epoch INTEGER NOT NULL, record TEXT NOT NULL, checksum INTEGER NOT NULL
+    opened_epoch INTEGER NOT NULL, record TEXT NOT NULL, base_seq INTEGER NOT NULL,
+    checksum INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE entries (
     shard TEXT NOT NULL, last INTEGER NOT NULL, epoch INTEGER NOT NULL,
@@ -175,7 +176,10 @@ class NodeLog:
         for *columns, checksum in rows:
             if _checksum(*columns) != checksum:
                 raise _damaged(self.path, f"the row of replica {columns[0]} has a wrong checksum")
-        return [ReplicaRow(a, b, c, d, json.loads(record)) for a, b, c, d, record, _ in rows]
+        return [
+            ReplicaRow(shard, epoch, token, opened, json.loads(record), base)
+            for shard, epoch, token, opened, record, base, _ in rows
+        ]
 
     def end(self, shard: str) -> int:
         """Last seq of the shard's log, 0 when it is empty. Raises DiskError."""
@@ -328,7 +332,7 @@ class NodeLog:
                 else:
                     insert = "INSERT INTO entries VALUES (?,?,?,?,?)"
                     self._db.executemany(insert, map(_entry_columns, run))  # type: ignore[arg-type]
-            self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?,?)", replicas)
+            self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?,?,?)", replicas)
             for text in maps[-1:]:
                 self._db.execute("INSERT OR REPLACE INTO meta VALUES ('map', ?)", (text,))
             self._db.execute("COMMIT")
@@ -340,10 +344,11 @@ class NodeLog:
     def _cut(self, cuts: Iterable[CutRow]) -> None:
         for cut in cuts:
             kept = (cut.epoch, cut.shard, cut.last)
-            self._db.execute(
-                "INSERT INTO cuts SELECT shard, last, epoch, checksum, body, ? FROM entries "
-                "WHERE shard = ? AND last > ?", kept,
-            )  # fmt: skip
+            if cut.keep:
+                self._db.execute(
+                    "INSERT INTO cuts SELECT shard, last, epoch, checksum, body, ? FROM entries "
+                    "WHERE shard = ? AND last > ?", kept,
+                )  # fmt: skip
             self._db.execute("DELETE FROM entries WHERE shard = ? AND last > ?", kept[1:])
 
 
@@ -352,9 +357,9 @@ def _entry_columns(row: EntryRow) -> tuple[str, int, int, int, bytes]:
     return (row.shard, row.last, row.epoch, checksum, row.body)
 
 
-def _columns(row: ReplicaRow) -> tuple[str, int, str, int, str]:
-    record = json.dumps(row.record)
-    return (row.shard, row.promised_epoch, row.promised_token, row.opened_epoch, record)
+def _columns(row: ReplicaRow) -> tuple[str, int, str, int, str, int]:
+    promise = (row.promised_epoch, row.promised_token)
+    return (row.shard, *promise, row.opened_epoch, json.dumps(row.record), row.base_seq)
 
 
 def _checksum(*columns: str | int | bytes) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import duckdb
 
-from bus_kv.core.machine import Answered, Fold, FoldStalled, Sql
+from bus_kv.core.machine import Answered, Fold, FoldStalled, Load, Mark, Sql
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.threads import NamedThread
@@ -31,8 +31,8 @@ from nodes.state_file import (
     is_corruption,
     set_aside,
 )
-from nodes.state_fold import FoldWriter
-from nodes.state_queries import Reader
+from nodes.state_fold import FoldWriter, largest_value
+from nodes.state_queries import CLIENTS, Reader
 from nodes.state_retention import Retention
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from duckdb import DuckDBPyConnection
 
-    from bus_kv.core.machine import Mark, Query
+    from bus_kv.core.machine import Query
     from nodes.state_file import ShardTable
     from nodes.state_queries import PointQuery
 
@@ -68,13 +68,6 @@ CHECKPOINT_RETRY_S = 1.0
 INTERRUPT_INTERVAL_S = 0.05
 ATTACH_TRIES_MAX = 150
 """Every STALL_RETRY_S: longer than a user's query may run and hold on to the file."""
-
-_CLIENTS = """
-SELECT client, max(number) FROM (
-    SELECT client, last AS number FROM state.requests WHERE shard = ?
-    UNION ALL SELECT client, floor FROM state.clients WHERE shard = ?
-) GROUP BY client
-"""
 
 log = logging.getLogger("bus_kv.state")
 Item = TypeVar("Item")
@@ -130,7 +123,7 @@ class StateStore:
         self._retention_due_ns = 0
         self._writer = FoldWriter(self._file.cursor())
         self._reader = Reader(self._file)
-        self._folds: _Inbox[Fold] = _Inbox(FOLDS_MAX)
+        self._folds: _Inbox[Fold | Load] = _Inbox(FOLDS_MAX)
         self._queries: _Inbox[PointQuery] = _Inbox(QUERIES_MAX)
         self._sqls: _Inbox[tuple[int, Sql]] = _Inbox(SQL_QUERIES_MAX)
         self._sql_cursors: set[DuckDBPyConnection] = set()
@@ -152,7 +145,7 @@ class StateStore:
         """Greatest request number that is known of each client. Raises DiskError."""
         try:
             with self._file.cursor() as cursor:
-                return cursor.execute(_CLIENTS, [shard, shard]).fetchall()
+                return cursor.execute(CLIENTS, [shard, shard]).fetchall()
         except duckdb.Error as error:
             raise explain(self.path, error) from None
 
@@ -168,9 +161,9 @@ class StateStore:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, effect: Fold | Query) -> None:
+    def submit(self, effect: Fold | Load | Query) -> None:
         """Never blocks; the answer is an event, which for a fold comes when it is on disk."""
-        if isinstance(effect, Fold):
+        if isinstance(effect, Fold | Load):
             taken = self._folds.offer(effect)
         elif isinstance(effect, Sql):
             taken = self._sqls.offer((self._clock.now_ns(), effect))
@@ -253,7 +246,7 @@ class StateStore:
             while not self._closing.is_set():
                 fold = self._folds.take(IDLE_S)
                 if fold is not None:
-                    self._fold_until_done(fold)
+                    self._write_until_done(fold)
                     self._on_event(Answered(fold.ticket))
                 self._look_after()
             if self._file.wal_bytes():
@@ -266,12 +259,13 @@ class StateStore:
             log.exception("the state failed")
             self._on_failure(DiskError(f"the state {self.path} failed: {error!r}"))
 
-    def _fold_until_done(self, fold: Fold) -> None:
-        told = ""
-        while self._file.known.get(fold.shard) != fold.mark:
+    def _write_until_done(self, effect: Fold | Load) -> None:
+        told, done = "", False
+        self._file.expect(effect.shard, largest_value(effect))
+        while not done:
             try:
-                self._writer.write(fold, self._table(fold))
-                self._file.known = {**self._file.known, fold.shard: fold.mark}
+                self._write(effect)
+                done = True
             except duckdb.Error as error:
                 reason = self._overcome(error)
                 if reason and reason != told:
@@ -282,7 +276,20 @@ class StateStore:
         if told:
             self._on_event(FoldStalled(""))
 
-    def _table(self, fold: Fold) -> ShardTable:
+    def _write(self, effect: Fold | Load) -> None:
+        known = self._file.known
+        if isinstance(effect, Fold):
+            if known.get(effect.shard) == effect.mark:
+                return  # what failed was durable before
+            self._writer.write(effect, self._table(effect))
+            self._file.known = {**known, effect.shard: effect.mark}
+        else:
+            self._writer.load(effect, self._table(effect))
+            mark = Mark() if not effect.table and effect.mark is None else effect.mark
+            if mark is not None:
+                self._file.known = {**known, effect.shard: mark}
+
+    def _table(self, fold: Fold | Load) -> ShardTable:
         table = self._file.tables.get(fold.shard)
         if table is None:
             table = self._file.add_shard(fold.shard, fold.keyspace)

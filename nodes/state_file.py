@@ -14,12 +14,14 @@ import os
 import shutil
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import duckdb
 
 from bus_kv.core.machine import Mark
 from nodes.log import DiskError, DiskFull
+from nodes.state_snapshot import clear_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from duckdb import DuckDBPyConnection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE_NAME = "state.duckdb"
 TEMPORARY_NAME = "state.tmp"
 TEMPORARY_SIZE_MAX = "4GB"
@@ -56,7 +58,11 @@ CREATE TABLE state.clients (
 """
 """What is appended in bulk and read by scans has no index to pay for."""
 
-_KV_COLUMNS = "key BLOB PRIMARY KEY, value BLOB, epoch BIGINT, seq BIGINT, expires_at BIGINT"
+_KV_COLUMNS = """
+    key BLOB PRIMARY KEY, value BLOB, value_bytes INTEGER NOT NULL, epoch BIGINT, seq BIGINT,
+    expires_at BIGINT
+"""
+"""Asking for the length of a value would read it; so there is a column for it."""
 _NO_KV = """
 SELECT NULL::VARCHAR AS keyspace, NULL::VARCHAR AS shard, NULL::BLOB AS key,
     NULL::VARCHAR AS key_text, NULL::BLOB AS value, NULL::VARCHAR AS value_text,
@@ -99,6 +105,8 @@ class StateFile:
         self.tables: dict[str, ShardTable] = {}
         self.known: dict[str, Mark] = {}
         """Marks of what was told to be folded."""
+        self.longest: dict[str, int] = {}
+        """Per shard, a length that none of its values exceeds."""
         try:
             _clear(directory)
             if not self.path.exists():
@@ -109,6 +117,8 @@ class StateFile:
         try:
             self._check(incarnation)
             self.tables, self.known = self._read_tables(), self.marks()
+            self._drop_unfinished()
+            self.longest = {shard: self._longest(table) for shard, table in self.tables.items()}
             self._replace_views()
         except duckdb.Error as error:
             self.close()
@@ -156,9 +166,10 @@ class StateFile:
         version = meta.get("format_version", "")
         if not version.isdigit():
             raise damaged(self.path, "it does not say its format")
-        if int(version) > FORMAT_VERSION:
+        if int(version) != FORMAT_VERSION:
+            age = "newer" if int(version) > FORMAT_VERSION else "older"
             raise DiskError(
-                f"{self.path} has format {version}, newer than the {FORMAT_VERSION} this release "
+                f"{self.path} has format {version}, {age} than the {FORMAT_VERSION} this release "
                 "reads; start the release that wrote it, or start with --rebuild"
             )
         if meta.get("incarnation") != incarnation:
@@ -167,9 +178,24 @@ class StateFile:
                 "to make it anew"
             )
 
+    def _drop_unfinished(self) -> None:
+        """A snapshot that did not come to its end is nothing."""
+        for shard, mark in self.known.items():
+            if not mark.last:
+                table = self.tables[shard]
+                self.do(partial(clear_shard, shard=shard, table=table))
+
     def _read_tables(self) -> dict[str, ShardTable]:
         rows = self._instance.execute("SELECT shard, number, keyspace FROM state.marks").fetchall()
         return {shard: ShardTable(number, keyspace) for shard, number, keyspace in rows}
+
+    def _longest(self, table: ShardTable) -> int:
+        query = f"SELECT coalesce(max(value_bytes), 0) FROM state.{table.name}"
+        return int(self._instance.execute(query).fetchall()[0][0])
+
+    def expect(self, shard: str, longest: int) -> None:
+        """Values up to this length are about to be written."""
+        self.longest[shard] = max(self.longest.get(shard, 0), longest)
 
     def cursor(self) -> DuckDBPyConnection:
         """A connection of its own to the instance, for one thread."""
@@ -332,6 +358,8 @@ def damaged(path: Path, reason: str) -> DiskError:
 
 
 _CORRUPT = ("Corrupt database file", "computed checksum", "Could not read enough bytes")
+_NO_MEMORY = ("failed to pin block", "failed to allocate data")
+"""What a commit says that had no memory: the error is not one of memory then."""
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
@@ -340,7 +368,7 @@ def explain(path: Path, error: Exception) -> DiskError:
     text = first_line(error)
     if any(sign in str(error) for sign in _FULL):
         return DiskFull(f"no space left for {path}")
-    if isinstance(error, duckdb.OutOfMemoryException):
+    if isinstance(error, duckdb.OutOfMemoryException) or any(n in text for n in _NO_MEMORY):
         return DiskFull(f"not enough memory to write {path}: {text}")
     if isinstance(error, duckdb.FatalException) or "has been invalidated" in str(error):
         return Invalidated(f"the state {path} failed: {text}")

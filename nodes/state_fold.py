@@ -13,17 +13,19 @@ from zlib import crc32
 
 import pyarrow as pa
 
+from bus_kv.core.machine import Fold, Load
 from bus_kv.protocol.batch import APPLIED, KIND_NAMES
 from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.entry import applied_count
 from nodes.state_file import transaction
+from nodes.state_snapshot import clear_shard, largest_in_chunk, write_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from duckdb import DuckDBPyConnection
 
-    from bus_kv.core.machine import Fold, LoggedBatch, Record
+    from bus_kv.core.machine import LoggedBatch, Mark, Record
     from nodes.state_file import ShardTable
 
 OPERATION_BYTES = 64
@@ -42,8 +44,8 @@ def _name() -> Any:
 
 _RECORDS = pa.schema(
     {
-        "key": pa.binary(), "value": pa.binary(), "epoch": pa.int64(), "seq": pa.int64(),
-        "expires_at": pa.int64(),
+        "key": pa.binary(), "value": pa.binary(), "value_bytes": pa.int32(), "epoch": pa.int64(),
+        "seq": pa.int64(), "expires_at": pa.int64(),
     }
 )  # fmt: skip
 _DELETED = pa.schema({"key": pa.binary()})
@@ -65,8 +67,8 @@ _REQUESTS = pa.schema(
 
 _UPSERT = """
 INSERT INTO state.{table} SELECT * FROM records ON CONFLICT (key) DO UPDATE SET
-    value = excluded.value, epoch = excluded.epoch, seq = excluded.seq,
-    expires_at = excluded.expires_at
+    value = excluded.value, value_bytes = excluded.value_bytes, epoch = excluded.epoch,
+    seq = excluded.seq, expires_at = excluded.expires_at
 """
 _DELETE = "DELETE FROM state.{table} USING deleted WHERE {table}.key = deleted.key"
 _LOG = """
@@ -136,8 +138,20 @@ class FoldWriter:
             db.execute("INSERT INTO state.oplog_parts VALUES (?, ?, ?, ?)", [fold.shard, *part])
         if self._sources["requests"].rows.num_rows:
             db.execute(_REMEMBER, [fold.shard])
-        rest = [mark.keys, mark.data_bytes, json.dumps(mark.lineage), fold.shard]
-        db.execute(_MARK, [mark.epoch, mark.last, mark.time_ms, *rest])
+        set_mark(db, fold.shard, mark)
+
+    def load(self, load: Load, table: ShardTable) -> None:
+        """Write a chunk of a snapshot, or begin or end it. Raises duckdb.Error."""
+
+        def write(db: DuckDBPyConnection) -> None:
+            if load.mark is not None:
+                set_mark(db, load.shard, load.mark)
+            elif load.table:
+                write_chunk(db, load, table)
+            else:
+                clear_shard(db, load.shard, table)
+
+        transaction(self._cursor, write)
 
     def close(self) -> None:
         for name in self._sources:
@@ -145,11 +159,25 @@ class FoldWriter:
         self._cursor.close()
 
 
+def largest_value(effect: Fold | Load) -> int:
+    """Bytes of the largest value that it writes."""
+    if isinstance(effect, Load):
+        return largest_in_chunk(effect)
+    sizes = [len(record[0]) for record in effect.records.values() if record is not None]
+    return max(sizes, default=0)
+
+
+def set_mark(db: DuckDBPyConnection, shard: str, mark: Mark) -> None:
+    rest = [mark.keys, mark.data_bytes, json.dumps(mark.lineage), shard]
+    db.execute(_MARK, [mark.epoch, mark.last, mark.time_ms, *rest])
+
+
 def _records(records: dict[bytes, Record | None]) -> Any:
     keys = [key for key, record in records.items() if record is not None]
     live = [record for record in records.values() if record is not None]
     # Not zip(*live): it makes an iterator per record, and the collector runs over all of them.
-    columns = [[record[at] for record in live] for at in range(4)]
+    columns: list[list[Any]] = [[record[at] for record in live] for at in range(4)]
+    columns.insert(1, [*map(len, columns[0])])
     return _table(_RECORDS, [keys, *columns])
 
 

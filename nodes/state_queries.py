@@ -16,6 +16,7 @@ import cbor2
 import duckdb
 
 from bus_kv.core.machine import (
+    ClientsOf,
     Expiring,
     HistoryOf,
     KeysAfter,
@@ -24,7 +25,10 @@ from bus_kv.core.machine import (
     RangeCount,
     RangeRead,
     RequestsOf,
+    SnapshotRead,
+    Unread,
 )
+from nodes.state_snapshot import read_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -35,13 +39,22 @@ if TYPE_CHECKING:
 
     Row: TypeAlias = tuple[Any, ...]
     PointQuery: TypeAlias = (
-        Lookup | RangeRead | RangeCount | KeysAfter | Expiring | RequestsOf | HistoryOf
+        Lookup
+        | RangeRead
+        | RangeCount
+        | KeysAfter
+        | Expiring
+        | RequestsOf
+        | HistoryOf
+        | SnapshotRead
+        | ClientsOf
     )
 
 LOOKUP_CHUNK_KEYS = 256
 """Keys per statement: more of them pin too much memory at once."""
 PIECE_BYTES = 8 << 20
-"""A piece of a page has as many rows as this holds by the mean, unless `bytes_max` is less."""
+"""A piece of a page has as many rows as this holds by the mean, unless `bytes_max` is less. The values that a lookup
+reads at once are not more, unless one alone is."""
 TOP_ROWS_MAX = 4096
 """Rows up to which the first rows of a range are cheaper to pick in passing than to look for twice."""
 PIECE_ROWS_MAX = 100_000
@@ -61,6 +74,14 @@ class _Walk:
     keys: Any = ()
     offset: int = 0
     position: int = 0
+
+
+CLIENTS = """
+SELECT client, max(number) FROM (
+    SELECT client, last AS number FROM state.requests WHERE shard = ?
+    UNION ALL SELECT client, floor FROM state.clients WHERE shard = ?
+) GROUP BY client
+"""
 
 
 @dataclass(slots=True)
@@ -90,6 +111,11 @@ class Reader:
                 return self._requests_of(query)
             case HistoryOf():
                 return self._history_of(query)
+            case SnapshotRead():
+                mark = self.file.known.get(query.shard, Mark())
+                return read_chunk(self._cursor, self.file.tables.get(query.shard), mark, query)
+            case ClientsOf():
+                return self._fetch(CLIENTS, [query.shard, query.shard])
 
     def _fetch(self, statement: str, parameters: list[Any]) -> list[Row]:
         return self._cursor.execute(statement, parameters).fetchall()
@@ -100,24 +126,59 @@ class Reader:
 
     # ---- records ----
 
-    def _lookup(self, query: Lookup) -> list[Row]:
+    def _lookup(self, query: Lookup) -> list[Any]:
         table = self._table(query.shard)
+        if table is None:
+            return [len(query.whole)]
         rows: list[Row] = []
-        for at in range(0, len(query.keys) if table else 0, LOOKUP_CHUNK_KEYS):
-            keys = query.keys[at : at + LOOKUP_CHUNK_KEYS]
-            places = ",".join("?" * len(keys))
-            rows += self._fetch(
-                f"SELECT key, value, epoch, seq, expires_at FROM {table} WHERE key IN ({places})",
-                [*keys],
-            )
-        return rows
+        for at in range(0, len(query.heads), LOOKUP_CHUNK_KEYS):
+            heads = self._of_keys(table, "value_bytes", query.heads[at : at + LOOKUP_CHUNK_KEYS])
+            rows += [(key, Unread(value_bytes), *rest) for key, value_bytes, *rest in heads]
+        reached, room = 0, query.bytes_max
+        pace = room // (self._mean_bytes(query.shard) + 1) + 1
+        while reached < len(query.whole) and room > 0:
+            piece = query.whole[reached : reached + min(pace, LOOKUP_CHUNK_KEYS)]
+            keys = self._readable(query.shard, table, piece, room)
+            found = {row[0]: row for row in self._of_keys(table, "value", keys)}
+            for row in map(found.get, keys):
+                reached += 1
+                if row is not None:
+                    rows.append(row)
+                    room -= len(row[1])
+                if room <= 0:
+                    break
+            pace *= 2
+        return [reached, *rows]
+
+    def _readable(self, shard: str, table: str, keys: list[bytes], room: int) -> list[bytes]:
+        """The first of these keys: as many as have values that can be read at once, or come to `room`."""
+        if len(keys) * self.file.longest[shard] <= PIECE_BYTES:
+            return keys
+        sizes = {row[0]: row[1] for row in self._of_keys(table, "value_bytes", keys)}
+        for i, key in enumerate(keys):
+            room -= sizes.get(key, 0)
+            if room <= 0:
+                return keys[: i + 1]
+        return keys
+
+    def _of_keys(self, table: str, value: str, keys: list[bytes]) -> list[Row]:
+        """Records of these keys, with this column for the value: a length costs next to nothing."""
+        return self._fetch(
+            f"SELECT key, {value}, epoch, seq, expires_at FROM {table} "
+            f"WHERE key IN ({','.join('?' * len(keys))})",
+            keys,
+        )
+
+    def _mean_bytes(self, shard: str) -> int:
+        """Of a key and its value."""
+        mark = self.file.known.get(shard, Mark())
+        return mark.data_bytes // max(mark.keys, 1)
 
     def _range(self, query: RangeRead) -> list[Row]:
         table = self._table(query.shard)
         if table is None:
             return []
-        mark = self.file.known.get(query.shard, Mark())
-        mean_bytes = mark.data_bytes // max(mark.keys, 1) if query.values else 0
+        mean_bytes = self._mean_bytes(query.shard) if query.values else 0
         return read_page(
             lambda after, rows_max: self._range_piece(query, table, after, rows_max),
             min(query.bytes_max, PIECE_BYTES) // (mean_bytes + ROW_BYTES),
@@ -255,9 +316,7 @@ class Reader:
                 parameters,
             )
 
-        mark = self.file.known.get(query.shard, Mark())
-        mean_bytes = mark.data_bytes // max(mark.keys, 1)
-        pace = min(query.bytes_max, PIECE_BYTES) // (mean_bytes + ROW_BYTES)
+        pace = min(query.bytes_max, PIECE_BYTES) // (self._mean_bytes(query.shard) + ROW_BYTES)
         return read_page(piece, pace, query.limit, query.bytes_max, lambda row: len(row[3] or b""))
 
 

@@ -190,19 +190,36 @@ class Fold:
     mark: Mark
 
 
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """In place of a value that was left on disk, and as long."""
+
+    value_bytes: int
+
+    def __len__(self) -> int:
+        return self.value_bytes
+
+
 @dataclass(slots=True)
 class Lookup:
-    """Records of these keys -> [(key, value, epoch, seq, expires_at)], absent keys left out."""
+    """Records of these keys -> [reached, (key, value, epoch, seq, expires_at)…], absent keys left out.
+
+    First those of `heads`, all of them with Unread in place of the value. Then those of `whole` in order, at least the
+    first, up to the one with which values come to `bytes_max`; `reached` tells how many keys of `whole` were gone
+    through by then.
+    """
 
     ticket: int
     shard: str
-    keys: list[bytes]
+    heads: list[bytes]
+    whole: list[bytes]
+    bytes_max: int
 
 
 @dataclass(slots=True)
 class RangeRead:
-    """Records of [start, end) in key order -> rows as Lookup's: `limit` of them, or up to the one with which keys and
-    values come to `bytes_max`, or all there are. `values` False leaves None in place of every value.
+    """Records of [start, end) in key order -> [(key, value, epoch, seq, expires_at)]: `limit` of them, or up to the one
+    with which keys and values come to `bytes_max`, or all there are. `values` False leaves None in place of all values.
     """
 
     ticket: int
@@ -299,11 +316,63 @@ class LogRead:
     bytes_max: int
 
 
+@dataclass(slots=True)
+class SnapshotRead:
+    """A chunk of a shard's state as it was at seq `last` -> [table, chunk, place of the next chunk or None at the end].
+    `place` None begins; what was written after `last` may be left out."""
+
+    ticket: int
+    shard: str
+    last: int
+    place: Any
+    bytes_max: int
+
+
+@dataclass(slots=True)
+class ClientsOf:
+    """Clients whose requests are in the state -> [(client, newest number)]."""
+
+    ticket: int
+    shard: str
+
+
+@dataclass(slots=True)
+class Load:
+    """Write a chunk of a snapshot. Without a table it begins, and clears the shard; with a mark it ends, and only then
+    is there anything."""
+
+    ticket: int
+    shard: str
+    keyspace: str
+    table: str
+    chunk: bytes
+    mark: Mark | None = None
+
+
 Query: TypeAlias = (
-    Lookup | RangeRead | RangeCount | KeysAfter | Expiring | RequestsOf | HistoryOf | Sql
+    Lookup
+    | RangeRead
+    | RangeCount
+    | KeysAfter
+    | Expiring
+    | RequestsOf
+    | HistoryOf
+    | Sql
+    | SnapshotRead
+    | ClientsOf
 )
 Effect: TypeAlias = (
-    Publish | Request | Subscribe | StoreGet | StoreCas | Halt | Trim | Fold | LogRead | Query
+    Publish
+    | Request
+    | Subscribe
+    | StoreGet
+    | StoreCas
+    | Halt
+    | Trim
+    | Fold
+    | Load
+    | LogRead
+    | Query
 )
 
 
@@ -334,6 +403,8 @@ class CutRow:
     shard: str
     last: int
     epoch: int
+    keep: bool = True
+    """False: a snapshot takes their place; nothing is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +417,8 @@ class ReplicaRow:
     opened_epoch: int
     record: dict[str, Any]
     """The shard's record, as the newest configuration told it."""
+    base_seq: int = 0
+    """Where the log begins after a snapshot: the state may have it up to there although the log is empty."""
 
 
 @dataclass(slots=True)

@@ -22,6 +22,8 @@ OPERATION_BYTES = 80
 """What an operation takes in a batch beside its key and value, everything set: kind, number, index, condition, ttl."""
 READ_BYTES = 48
 """What the answer to a get takes beside its value: outcome, version, lifetime."""
+UNANSWERED_BYTES = 4
+"""What a get takes in an answer that leaves it out."""
 ITEM_BYTES = 64
 """What an item of a scan takes beside key and value."""
 

@@ -39,7 +39,8 @@ def next_roles(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
         return _take_over(shard, shard.members, heard, without=shard.primary)
     if _primary_is_lost(shard, heard):
         return _take_over(shard, shard.members, heard)
-    if not all(heard.hears(member) for member in (*shard.members, *shard.learners)):
+    fit = [_is_fit(shard, member, heard) for member in shard.members]
+    if not all(fit + [heard.hears(learner) for learner in shard.learners]):
         return _without_the_lost(shard, heard)
     return _grow(shard, map, heard) or _shrink(shard, map) or _transfer(shard, heard)
 
@@ -98,9 +99,15 @@ def _there(members: Members, heard: Heard) -> Members:
     return tuple(m for m in members if heard.hears(m))
 
 
+def _is_fit(shard: Shard, member: Member, heard: Heard) -> bool:
+    """Whether a member is there and can catch up without a snapshot, which only a learner may take (R8)."""
+    report = heard.report(shard.id, member)
+    return heard.hears(member) and (report is None or report.status != "stranded")
+
+
 def _without_the_lost(shard: Shard, heard: Heard) -> Roles | None:
     """A member that is down leaves, and comes back as a learner."""
-    members = _there(shard.members, heard)
+    members = tuple(m for m in shard.members if _is_fit(shard, m, heard))
     n = len(shard.members)
     if len(members) < n - shard.quorum + 1:
         return None

@@ -38,6 +38,7 @@ class Control:
                 "open": self._on_open,
                 "active": self._on_active,
                 "fetch": self._on_fetch,
+                "snapshot": self._node.snapshots.on_question,
                 "answers": self._on_answers,
                 "remembered": self._on_remembered,
                 "sql": self._on_sql,
@@ -175,6 +176,9 @@ class Control:
                 continue
             if item["type"] == "matched":
                 replica.on_replica_answer(item)
+            elif item["type"] == "here":
+                if replica.replication is not None:
+                    replica.replication.remind()
             else:
                 self._node.fetch_map()  # a replica has promised more: a newer epoch has begun
 

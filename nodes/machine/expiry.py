@@ -14,8 +14,9 @@ from nodes.machine.lifetimes import COUNT_MAX, HORIZON_MS
 from nodes.machine.table import UNKNOWN
 
 if TYPE_CHECKING:
+    from nodes.machine.loader import Known, Loaded
     from nodes.machine.replica import Replica
-    from nodes.machine.table import Record, Writes
+    from nodes.machine.table import Writes
 
 
 class Expiry:
@@ -41,11 +42,11 @@ class Expiry:
         ended = replica.lifetimes.pop_ended(time_ms, self._count_max)
         cold = [key for key in ended if replica.writer.latest(key) is UNKNOWN]
         if cold:
-            replica.loader.want(cold, lambda loaded: self._on_loaded(ended, loaded))
+            replica.loader.want(cold, [], lambda loaded: self._on_loaded(ended, loaded))
         elif ended:
             self._delete(ended)
 
-    def _on_loaded(self, ended: dict[bytes, int], loaded: Writes | str) -> None:
+    def _on_loaded(self, ended: dict[bytes, int], loaded: Loaded | str) -> None:
         replica = self._replica
         if isinstance(loaded, str) or not replica.is_active:
             return replica.lifetimes.put_back(ended, replica.time_ms)
@@ -57,7 +58,7 @@ class Expiry:
         """Delete those keys whose newest record still is the one whose lifetime has ended."""
         replica, writer = self._replica, self._replica.writer
         time_ms = max(replica.now_ns // 1_000_000, replica.time_ms)
-        gone: dict[bytes, Record] = {}
+        gone: dict[bytes, Known] = {}
         for key, seq in ended.items():
             record = writer.latest(key)
             if record is UNKNOWN:

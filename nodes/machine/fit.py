@@ -35,7 +35,7 @@ def _half_history(page: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leave_out_a_value(result: dict[str, Any], codec: Codec) -> bool:
-    """Replace the results of a batch's largest gets by failures; False when there is none."""
+    """Replace the last half of the results of a batch's largest gets by failures; False when there is none."""
     results = result.get("results", [])
     sizes = [(len(r["value"]), i) for i, r in enumerate(results) if r.get("value") is not None]
     if not sizes:
@@ -43,7 +43,7 @@ def _leave_out_a_value(result: dict[str, Any], codec: Codec) -> bool:
     hint = "ask for it alone" if codec is Codec.CBOR else "ask for it alone, or in CBOR"
     failure = ValueTooLarge(f"the value does not fit into the reply beside the others; {hint}")
     largest = max(sizes)[0]
-    for size, i in sizes:
-        if 2 * size >= largest:
-            results[i] = failure.to_body()
+    large = [i for size, i in sizes if 2 * size >= largest]
+    for i in large[len(large) // 2 :]:
+        results[i] = failure.to_body()
     return True

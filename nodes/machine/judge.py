@@ -6,17 +6,19 @@ The hot path, new puts without conditions, does not come here: `Replica._decide`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bus_kv.core.machine import Unread
 from bus_kv.errors import OutcomeUnknown, PreconditionFailed
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
-from bus_kv.protocol.sizes import READ_BYTES, RESULT_BYTES
+from bus_kv.protocol.sizes import READ_BYTES, RESULT_BYTES, UNANSWERED_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from bus_kv.core.machine import LoggedBatch
+    from nodes.machine.loader import Known
     from nodes.machine.replica import Replica
     from nodes.machine.table import Record, Writes
 
@@ -36,10 +38,10 @@ class Judge:
     """Decides a batch operation by operation: conditions, lifetimes, repeats, deletes, gets, atomic batches."""
 
     def __init__(
-        self, replica: Replica, batch: Batch, before: Mapping[bytes, Record | None], time_ms: int,
+        self, replica: Replica, batch: Batch, before: Mapping[bytes, Known | None], time_ms: int,
         seen: dict[int, tuple[b.Version, int] | OutcomeUnknown],
     ) -> None:  # fmt: skip
-        """`before` has the record of each key at the end of the log."""
+        """`before` has the record of each key at the end of the log, with its value if a get asks for it."""
         self.replica, self.batch, self.time_ms, self.seen = replica, batch, time_ms, seen
         self.before = before
         self.epoch, self.seq = replica.shard.epoch, replica.last[1]
@@ -48,7 +50,7 @@ class Judge:
         self.logged = bytearray(count)
         self.reply = BatchReply(b"", [self.epoch] * count, [0] * count)
         self.outcomes = bytearray(count)
-        self.records: dict[int, Record] = {}
+        self.records: dict[int, Known] = {}
 
     def decide(self) -> Decision:
         for i, kind in enumerate(self.batch.kinds):
@@ -65,7 +67,7 @@ class Judge:
         added = data_bytes_added(self.writes, {key: self.before[key] for key in self.writes})
         return Decision(self.writes, bytes(self.logged), added, self.reply)
 
-    def _latest(self, key: bytes) -> Record | None:
+    def _latest(self, key: bytes) -> Known | None:
         return self.writes[key] if key in self.writes else self.before[key]
 
     def _repeat(self, i: int) -> None:
@@ -100,7 +102,7 @@ class Judge:
         self.logged[i] = outcome
         self._result(i, (self.epoch, self.seq), outcome)
 
-    def _holds(self, i: int, record: Record | None) -> bool:
+    def _holds(self, i: int, record: Known | None) -> bool:
         wanted = self.batch.conditions[i]
         version = None if record is None else (record[1], record[2])
         if version == wanted:
@@ -134,8 +136,7 @@ class Judge:
         """What the gets found, as much as fits beside the results of the writes."""
         if not self.records:
             return
-        found = [self.records.get(i) for i in range(len(self.batch))]
-        self.reply.values = [None if r is None else r[0] for r in found]
+        self.reply.values = _values([self.records.get(i) for i in range(len(self.batch))])
         self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
         fit_values(self.reply, self.replica.sizes.entry - RESULT_BYTES * len(self.batch))
 
@@ -147,7 +148,7 @@ def put_record(batch: Batch, i: int, epoch: int, seq: int, time_ms: int) -> Reco
     return (value, epoch, seq, None if ttl_ms is None else time_ms + ttl_ms)
 
 
-def data_bytes_added(writes: Writes, before: Mapping[bytes, Record | None]) -> int:
+def data_bytes_added(writes: Writes, before: Mapping[bytes, Known | None]) -> int:
     """How much larger keys and values become, all together, by these writes; `before` has the records they replace."""
     new = sum([len(key) + len(r[0]) for key, r in writes.items() if r is not None])
     return new - sum([len(key) + len(r[0]) for key, r in before.items() if r is not None])
@@ -166,13 +167,13 @@ def logged_writes(logged: LoggedBatch) -> Writes:
     return writes
 
 
-def read_reply(records: list[Record | None], bytes_max: int) -> BatchReply:
+def read_reply(records: list[Known | None], bytes_max: int) -> BatchReply:
     """Answer gets, as many as fit into one message; the rest is UNANSWERED. The first always fits."""
     reply = BatchReply(
         outcomes=bytes([b.MISSING if r is None else b.FOUND for r in records]),
         epochs=[0 if r is None else r[1] for r in records],
         seqs=[0 if r is None else r[2] for r in records],
-        values=[None if r is None else r[0] for r in records],
+        values=_values(records),
         expires_at={i: r[3] for i, r in enumerate(records) if r is not None and r[3] is not None},
     )
     fit_values(reply, bytes_max, keep=1)
@@ -182,21 +183,33 @@ def read_reply(records: list[Record | None], bytes_max: int) -> BatchReply:
     return reply
 
 
+def _values(records: list[Known | None]) -> list[Any]:
+    """Of each record; what is Unread among them is for `fit_values` to leave out."""
+    return [None if r is None else r[0] for r in records]
+
+
 def fit_values(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:
-    """Leave values out of a reply until it fits; the first `keep` operations stay as they are."""
-    values, epochs, seqs = reply.values, reply.epochs, reply.seqs
+    """Leave values out of a reply until it fits; the first `keep` operations stay as they are.
+
+    What is Unread is left out in any case.
+    """
+    values: list[Any] | None = reply.values
+    epochs, seqs = reply.epochs, reply.seqs
     assert isinstance(values, list)
     assert isinstance(epochs, list)
     assert isinstance(seqs, list)
     room = bytes_max - READ_BYTES * len(values)
-    if sum([len(v) for v in values if v is not None]) <= room:
+    sizes = [0 if v is None else len(v) for v in values]
+    if sum(sizes) <= room and Unread not in {*map(type, values)}:
         return
     outcomes = bytearray(reply.outcomes)
     for i, value in enumerate(values):
-        room -= len(value or b"")
-        if room < 0 and value is not None and i >= keep:
+        is_unread = type(value) is Unread
+        size = 0 if is_unread else sizes[i]
+        room -= size
+        if is_unread or (room < 0 and value is not None and i >= keep):
             outcomes[i] = b.UNANSWERED
             values[i], epochs[i], seqs[i] = None, 0, 0
-            room += len(value) + READ_BYTES
+            room += size + READ_BYTES - UNANSWERED_BYTES
             reply.expires_at.pop(i, None)
     reply.outcomes = bytes(outcomes)

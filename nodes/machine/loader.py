@@ -1,8 +1,12 @@
 """Fetches what memory lacks from the state on disk, for the requests that wait for it.
 
 All misses of a turn travel in one lookup, and there is one lookup under way: what is missed meanwhile gathers for the
-next. A fold that ends in between takes records out of memory that the lookup may not have seen on disk, so its answer
-is not used and the question is asked again.
+next. Of keys that are to be written it brings everything but the value. The values for gets come up to one full reply:
+that answers at least the request that has waited longest, what it did not reach is asked for again. So there is never
+more in memory than that, however many keys are asked for, and however large their values are.
+
+A fold that ends in between takes records out of memory that the lookup may not have seen on disk, so its answer is not
+used and the question is asked again.
 """
 
 from __future__ import annotations
@@ -11,47 +15,69 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.core.machine import Lookup, RequestsOf
+from bus_kv.core.machine import Lookup, RequestsOf, Unread
+from bus_kv.protocol.batch import GET
 from nodes.machine.dedup import disk_runs
 from nodes.machine.table import UNKNOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Container, Iterable
 
     from bus_kv.core.machine import Query
     from bus_kv.protocol.batch import Batch
     from nodes.machine.dedup import DiskRuns
-    from nodes.machine.table import Table, Writes
+    from nodes.machine.table import Table
 
+    Known: TypeAlias = tuple[bytes | Unread, int, int, int | None]
+    """A record, with or without its value."""
+    Loaded: TypeAlias = dict[bytes, Known | None]
+    """None: absent."""
     Then: TypeAlias = Callable[[list[Any], str | None], None]
     Ask: TypeAlias = Callable[[Query, Then], None]
     """Ask the state; the ticket is filled in."""
-    Resume: TypeAlias = Callable[[Writes | str], None]
-    """Called with the records (None: absent), or with why there are none."""
+    Resume: TypeAlias = Callable[[Loaded | str], None]
+    """Called with the records, or with why there are none."""
 
 LOOKUP_KEYS_MAX = 2048
-LOOKUP_BYTES_MAX = 32 << 20
-"""A lookup asks for fewer keys where values are large."""
+"""Keys of one lookup, unless a single request has more."""
+UNREACHED: Known = (Unread(0), 0, 0, None)
+"""In place of a record that is for a get alone, where the values before it fill the reply."""
 
 
 @dataclass(slots=True)
 class _Want:
-    keys: dict[bytes, None]
+    heads: dict[bytes, None]
+    whole: dict[bytes, None]
     resume: Resume
     is_open: Callable[[], bool]
 
 
 class Loader:
-    def __init__(self, shard: str, table: Table, ask: Ask) -> None:
+    def __init__(self, shard: str, table: Table, ask: Ask, reply_bytes_max: int) -> None:
         self._shard, self._table, self._ask = shard, table, ask
+        self.values_bytes_max = reply_bytes_max
+        """Values up to this come in one lookup."""
         self._wants: list[_Want] = []
         self._busy = False
 
     def want(
-        self, keys: Iterable[bytes], resume: Resume, is_open: Callable[[], bool] = lambda: True
+        self, heads: Iterable[bytes], whole: Iterable[bytes], resume: Resume,
+        is_open: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
+        """Fetch these records: `heads` without their values, `whole` with them, as many as fill a reply.
+
+        Not if nobody waits for them any more when their turn comes (`is_open`).
+        """
+        self._wants.append(_Want(dict.fromkeys(heads), dict.fromkeys(whole), resume, is_open))
+
+    def want_for(
+        self, batch: Batch, cold: Container[bytes], resume: Resume, is_open: Callable[[], bool]
     ) -> None:
-        """Fetch these records; not if nobody waits for them any more when their turn comes (`is_open`)."""
-        self._wants.append(_Want(dict.fromkeys(keys), resume, is_open))
+        """Fetch those of a batch's records that are `cold`."""
+        operations = [*zip(batch.kinds, batch.keys, strict=True)]
+        heads = [key for kind, key in operations if kind != GET and key in cold]
+        whole = [key for kind, key in operations if kind == GET and key in cold]
+        self.want(heads, whole, resume, is_open)
 
     def take_wanted(self) -> None:
         """At the end of a turn: ask for what was missed in it."""
@@ -60,27 +86,29 @@ class Loader:
         self._wants = [want for want in self._wants if want.is_open()]
         if not self._wants:
             return
-        taken, keys = self._cut()
+        taken = self._cut()
+        heads: dict[bytes, None] = {}
+        whole: dict[bytes, None] = {}
+        for want in taken:
+            heads |= want.heads
+            whole |= want.whole
         self._busy = True
-        lookup = Lookup(0, self._shard, [*keys])
-        self._ask(lookup, partial(self._on_rows, taken, self._table.folds))
+        lookup = Lookup(0, self._shard, [*heads], [*whole], self.values_bytes_max)
+        self._ask(lookup, partial(self._on_rows, taken, lookup, self._table.folds))
 
-    def _cut(self) -> tuple[list[_Want], dict[bytes, None]]:
+    def _cut(self) -> list[_Want]:
         """The wants of the next lookup; at least one."""
-        table = self._table
-        mean_bytes = table.data_bytes // max(table.keys, 1) + 1
-        keys_max = min(LOOKUP_KEYS_MAX, LOOKUP_BYTES_MAX // mean_bytes)
-        keys: dict[bytes, None] = {}
+        keys = 0
         for count, want in enumerate(self._wants):
-            if keys and len(keys) + len(want.keys) > keys_max:
+            keys += len(want.heads) + len(want.whole)
+            if count and keys > LOOKUP_KEYS_MAX:
                 taken, self._wants = self._wants[:count], self._wants[count:]
-                return taken, keys
-            keys |= want.keys
+                return taken
         taken, self._wants = self._wants, []
-        return taken, keys
+        return taken
 
     def _on_rows(
-        self, taken: list[_Want], folds: int, rows: list[Any], failure: str | None
+        self, taken: list[_Want], lookup: Lookup, folds: int, rows: list[Any], failure: str | None
     ) -> None:
         self._busy = False
         if failure is None and folds != self._table.folds:
@@ -91,11 +119,30 @@ class Loader:
             for want in taken:
                 want.resume(failure)
             return
-        found = {key: (value, epoch, seq, expires) for key, value, epoch, seq, expires in rows}
+        reached = dict.fromkeys(lookup.whole[: rows[0]])
+        loaded = self._learn(dict.fromkeys(lookup.heads) | reached, rows[1:])
+        first = next((want for want in taken if want.whole), None)
+        ready: list[_Want] = []
+        left: list[_Want] = []
         for want in taken:
-            records: Writes = {key: found.get(key) for key in want.keys}
-            self._table.learn({k: r for k, r in records.items() if self._table.get(k) is UNKNOWN})
-            want.resume(records)
+            is_ready = want is first or want.whole.keys() <= reached.keys()
+            (ready if is_ready else left).append(want)
+        self._wants = left + self._wants
+        for want in ready:
+            want.resume({key: loaded.get(key, UNREACHED) for key in [*want.heads, *want.whole]})
+
+    def _learn(self, keys: dict[bytes, None], rows: list[Any]) -> Loaded:
+        """The records of these keys. Those that are absent or have their value are kept: the table holds no others."""
+        loaded: dict[bytes, Any] = {**keys}
+        loaded |= {key: (value, epoch, seq, ends) for key, value, epoch, seq, ends in rows}
+        get = self._table.get
+        self._table.learn(
+            {
+                key: record for key, record in loaded.items()
+                if (record is None or type(record[0]) is not Unread) and get(key) is UNKNOWN
+            }
+        )  # fmt: skip
+        return loaded
 
     def requests_of(
         self, batch: Batch, resume: Callable[[DiskRuns | str], None],

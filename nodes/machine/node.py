@@ -85,12 +85,13 @@ from nodes.machine.gateway import Gateway
 from nodes.machine.map_reader import MapReader
 from nodes.machine.replica import Past, Ports, Replica, Status
 from nodes.machine.shard_requests import ShardRequests, requested_epoch
+from nodes.machine.snapshot import Snapshots
 from nodes.machine.sql import SqlGateway
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from bus_kv.core.machine import Effect, Event, Fold, LogRead, Query
+    from bus_kv.core.machine import Effect, Event, Fold, Load, LogRead, Mark, Query
     from bus_kv.protocol.batch import Batch
     from bus_kv.protocol.requests import PageRequest
     from bus_kv.subjects import Subjects
@@ -144,6 +145,7 @@ class NodeMachine:
         """Why the state cannot take more at the moment."""
         self._gateway = Gateway(self, f"{config.run[1]}-g")
         self.sql = SqlGateway(self)
+        self.snapshots = Snapshots(self)
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
         self._map_reader = MapReader(self)
@@ -178,7 +180,7 @@ class NodeMachine:
         return replica
 
     def new_replica(self, shard: Shard, past: Past | None = None) -> Replica:
-        ports = Ports(self.ask, lambda: self.now_ns, self._tell, self.call)
+        ports = Ports(self.ask, lambda: self.now_ns, self._tell, self.call, self.snapshots.start)
         replica = Replica(
             shard, self.config.id, self.config.incarnation, self.knobs, self.sizes, past or Past(),
             ports,
@@ -188,12 +190,21 @@ class NodeMachine:
             held.table.cache_bytes_max = self.knobs.cache_bytes // len(self.replicas)
         return replica
 
+    def replace(
+        self, old: Replica, mark: Mark, clients: Sequence[tuple[str, int]], base_seq: int
+    ) -> Replica:
+        """A replica whose log and memory are empty in the place of a learner's; its state on disk is as `mark` says."""
+        old.fail_waiting("the replica is replaced")
+        replica = self.new_replica(old.shard, Past(mark, clients))
+        replica.succeed(old, base_seq)
+        return replica
+
     def restore_map(self, document: dict[str, Any]) -> None:
         """The newest map that the disk remembers."""
         self.map = from_document(document)
 
     def ask(
-        self, query: Query | Fold | LogRead, then: Callable[[list[Any], str | None], None]
+        self, query: Query | Fold | Load | LogRead, then: Callable[[list[Any], str | None], None]
     ) -> None:
         """Put a query to the state on disk; `then` gets its rows, or why there are none."""
         query.ticket = self._next_ticket()
@@ -273,6 +284,7 @@ class NodeMachine:
         self._map_reader.on_deadline(now_ns)
         self._gateway.on_deadline(now_ns)
         self.sql.on_deadline(now_ns)
+        self.snapshots.on_deadline(now_ns)
         self._pages.expire(now_ns)
         for replica in self.replicas.values():
             replica.on_deadline(now_ns)
@@ -282,6 +294,7 @@ class NodeMachine:
             self._timers.next_ns(),
             self._gateway.next_deadline_ns(),
             self.sql.next_deadline_ns(),
+            self.snapshots.next_deadline_ns(),
             self._pages.next_ns(),
             self._map_reader.next_deadline_ns(),
         ]
@@ -566,6 +579,7 @@ class NodeMachine:
             replica.step_down("another configuration of the shard is active")
         if shard.epoch >= replica.promised[0] and shard.primary != self.config.id:
             replica.shard = shard
+            replica.greet(shard)
         return None
 
     def _create_if_named(self, shard: Shard) -> None:
@@ -695,6 +709,7 @@ def _confirm(
 def _report(replica: Replica) -> ReplicaReport:
     table = replica.table
     return ReplicaReport(
-        replica.shard.id, *replica.promised, str(replica.status), replica.last, replica.commit_seq,
+        replica.shard.id, *replica.promised,
+        "stranded" if replica.is_stranded else str(replica.status), replica.last, replica.commit_seq,
         replica.folder.mark.last, table.keys, table.data_bytes, replica.operations,
     )  # fmt: skip

@@ -85,8 +85,10 @@ class Pull:
                 after = self._replica.tail.before(have)
                 if after != self._after:
                     self._ask(after)
+            case "trimmed" if self._source.goal is None:
+                self._on_trimmed(self._source.member)
             case _:
-                pass  # refused or beyond its log: asked again later, or given up by a new epoch
+                pass  # refused: asked again later, or given up by a new epoch
 
     def _on_entries(self, answer: dict[str, Any]) -> None:
         source, replica = self._source, self._replica
@@ -101,6 +103,15 @@ class Pull:
             source.reached()
         elif answer["entries"]:
             self._ask(end or replica.last)
+
+    def _on_trimmed(self, source: Member) -> None:
+        """The source's log begins behind the end of this one."""
+        replica = self._replica
+        if replica.is_learner:
+            self._source = None
+            replica.ports.load(replica, source)
+        else:
+            replica.is_stranded = True
 
     def next_ns(self) -> int | None:
         return self._again_ns if self.is_on else None

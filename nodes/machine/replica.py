@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bus_kv.core.machine import CutRow, EntryRow, Mark, ReplicaRow
 from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, ShardUnavailable, StaleEpoch
 from bus_kv.protocol.entry import decode_entry
-from bus_kv.protocol.shard_map import Member, shard_to_document
+from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document
 from nodes.machine.expiry import Expiry
 from nodes.machine.folder import Folder
 from nodes.machine.history import History
@@ -91,6 +91,8 @@ class Ports:
         lambda _node, _fields, _then: None
     )
     """Ask a node; no answer may ever come."""
+    load: Callable[[Replica, Member], None] = lambda _replica, _source: None
+    """Fetch a snapshot from the primary."""
 
 
 class Replica:
@@ -105,6 +107,10 @@ class Replica:
         self.status = Status.RESTARTED
         self.promised: tuple[int, str] = (0, "")
         self.opened_epoch = 0
+        self.base_seq = 0
+        """Where the own log begins, after a snapshot."""
+        self.is_stranded = False
+        """No log reaches back to where this one ends, and a member must not throw its own away: only as a learner."""
         self.tail = Tail((mark.epoch, mark.last))
         self.commit_seq = mark.last
         self.durable_seq = mark.last
@@ -124,7 +130,7 @@ class Replica:
         self.lifetimes = Lifetimes(all_known=mark.last == 0)
         ask = ports.ask
         self.folder = Folder(shard.id, shard.keyspace, mark, self.table, self.lifetimes, knobs, ask)
-        self.loader = Loader(shard.id, self.table, ask)
+        self.loader = Loader(shard.id, self.table, ask, sizes.entry)
         self.scans = Scans(self, ask, sizes.page)
         self.history = History(self, ask, sizes.page)
         self.writer = Writer(self, past.clients, mark.time_ms)
@@ -165,7 +171,15 @@ class Replica:
     def restore(self, row: ReplicaRow) -> None:
         """Take up what the disk remembers, before `replay`."""
         self.promised = self._durable_promise = (row.promised_epoch, row.promised_token)
-        self.opened_epoch = row.opened_epoch
+        self.opened_epoch, self.base_seq = row.opened_epoch, row.base_seq
+
+    def succeed(self, old: Replica, base_seq: int) -> None:
+        """Take the place of a learner's replica whose log is thrown away; what it promised stays promised (R1)."""
+        self.promised, self._durable_promise = old.promised, old._durable_promise
+        self.opened_epoch, self.base_seq = old.opened_epoch, base_seq
+        self.policy, self.members_for_all = old.policy, old.members_for_all
+        self._rows.append(CutRow(self.shard.id, 0, self.promised[0], keep=False))
+        self._row_changed = True
 
     def replay(self, row: EntryRow) -> None:
         """Take an entry from the own log at start. What of it is committed, the next primary will say.
@@ -182,8 +196,9 @@ class Replica:
 
     def row(self) -> ReplicaRow:
         return ReplicaRow(
-            self.shard.id, *self.promised, self.opened_epoch, shard_to_document(self.shard)
-        )
+            self.shard.id, *self.promised, self.opened_epoch, shard_to_document(self.shard),
+            self.base_seq,
+        )  # fmt: skip
 
     def promise(self, epoch: int, token: str) -> None:
         """Take part in nothing older from now on. It has to be durable before it is answered (R1)."""
@@ -192,6 +207,7 @@ class Replica:
             self.promised = (epoch, token)
             self._matched = self._primary_commit = self._round = 0
             self._ahead = []
+            self.is_stranded = False
             self.pull.stop()
         self.step_down("the shard is changing its configuration")
         self.status = Status.PROMISED
@@ -226,6 +242,13 @@ class Replica:
         self.tail.append(segment)
         self.replication = Replication(shard, self.node, self.knobs, seq)
         self._on_opened = opened
+
+    @property
+    def is_learner(self) -> bool:
+        """A learner of the epoch that it has promised, and that is ACTIVE: nothing it has is counted on."""
+        own = Member(self.node, self.incarnation)
+        current = (self.shard.epoch, self.shard.token) == self.promised
+        return current and self.shard.state is ShardState.ACTIVE and own in self.shard.learners
 
     @property
     def is_active(self) -> bool:
@@ -418,6 +441,7 @@ class Replica:
         self.status = Status.FOLLOWING
         self._primary, self._heard_ns = primary, self.now_ns
         self._primary_commit = max(self._primary_commit, fields["commit"])
+        is_new_round = fields["round"] > self._round
         self._round = max(self._round, fields["round"])
         previous = (fields["previous"][0], fields["previous"][1])
         end = self._join(previous, fields["entries"])
@@ -426,7 +450,17 @@ class Replica:
             self.pull.start(Member(primary, fields["to"].get(primary, "")))
         else:
             self._matched = max(self._matched, end[1])
-        return self._acknowledge()
+        if is_new_round or self._matched <= self.durable_seq:
+            self._acknowledge()  # else soon, when what has come is durable
+        return None
+
+    def greet(self, shard: Shard) -> None:
+        """Tell the primary of this record that nobody has told the replica anything: it will remind."""
+        own = Member(self.node, self.incarnation)
+        if self.status in (Status.RESTARTED, Status.PROMISED) and (
+            own in shard.members or own in shard.learners
+        ):
+            self.ports.tell(shard.primary, {"type": "here", "shard": shard.id})
 
     def take_fetched(self, after: Position, bodies: list[bytes]) -> Position | None:
         """Entries that were fetched, to stand behind `after`; None when the own log has no such place any more."""

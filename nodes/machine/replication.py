@@ -59,6 +59,10 @@ class Replication:
 
     # ---- what to say ----
 
+    def remind(self) -> None:
+        """Say at the end of this turn how things stand: a replica has come that knows of nothing."""
+        self._next_ns = 0
+
     def want_round(self) -> int:
         """The number of the next confirm round: it begins at the end of this turn."""
         self.round_wanted = True

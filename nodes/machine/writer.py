@@ -29,8 +29,8 @@ from nodes.machine.table import UNKNOWN, Writes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from nodes.machine.loader import Known, Loaded
     from nodes.machine.replica import Replica
-    from nodes.machine.table import Record
     from nodes.machine.waiters import Waiting
 
     Respond: TypeAlias = Callable[[BatchReply | BusKVError], None]
@@ -47,7 +47,7 @@ class Writer:
         self._parks = 0
         self.erasing: dict[tuple[str, int], list[Callable[[Any], None]]] = {}
         """Who waits for the result of which delete_prefix."""
-        self._loaded: Writes = {}
+        self._loaded: Loaded = {}
         """Records from disk for the request that is resumed just now."""
 
     # ---- a batch ----
@@ -73,12 +73,10 @@ class Writer:
             return self._park(deadline_ns, respond, partial(self._loader.requests_of, batch), again)
         records = self._committed(batch.keys) if reads else [*map(self.latest, batch.keys)]
         if UNKNOWN in records:
-            cold = [k for k, r in zip(batch.keys, records, strict=True) if r is UNKNOWN]
+            cold = {k for k, r in zip(batch.keys, records, strict=True) if r is UNKNOWN}
             # What was loaded before may have left memory again: all of it at once then.
-            cold += self._loaded
-            return self._park(
-                deadline_ns, respond, partial(self._loader.want, cold), partial(again, disk=disk)
-            )
+            fetch = partial(self._loader.want_for, batch, cold | self._loaded.keys())
+            return self._park(deadline_ns, respond, fetch, partial(again, disk=disk))
         self._replica.operations += len(batch)
         if reads:
             return self._read(batch, records, deadline_ns, respond)
@@ -115,7 +113,7 @@ class Writer:
         return None
 
     def _read(
-        self, batch: Batch, records: list[Record | None], deadline_ns: int, respond: Respond
+        self, batch: Batch, records: list[Known | None], deadline_ns: int, respond: Respond
     ) -> None:
         """Answer gets from what is committed now, once this is known to be the newest (R5)."""
         replica = self._replica
@@ -125,7 +123,7 @@ class Writer:
         replica.answer_read(batch.consistency, deadline_ns, respond, reply, replica.commit_seq)
 
     def _write(
-        self, batch: Batch, raw: bytes, records: list[Record | None], disk: DiskRuns | None,
+        self, batch: Batch, raw: bytes, records: list[Known | None], disk: DiskRuns | None,
         deadline_ns: int, respond: Respond,
     ) -> None:  # fmt: skip
         replica = self._replica
@@ -161,7 +159,7 @@ class Writer:
 
     def _resume(
         self, batch: Batch, raw: bytes, epoch: int | None, deadline_ns: int, respond: Respond,
-        park: int, fetched: Writes | DiskRuns | str, disk: DiskRuns | None = None,
+        park: int, fetched: Loaded | DiskRuns | str, disk: DiskRuns | None = None,
     ) -> None:  # fmt: skip
         if self._parked.pop(park, None) is None:
             return None  # it was answered at its deadline
@@ -174,7 +172,7 @@ class Writer:
         return None
 
     @contextmanager
-    def having(self, loaded: Writes) -> Iterator[None]:
+    def having(self, loaded: Loaded) -> Iterator[None]:
         """Judge with these records from disk at hand."""
         self._loaded = loaded
         yield
@@ -209,7 +207,7 @@ class Writer:
     # ---- the decision ----
 
     def _decide(
-        self, batch: Batch, records: list[Record | None], time_ms: int, disk: DiskRuns | None
+        self, batch: Batch, records: list[Known | None], time_ms: int, disk: DiskRuns | None
     ) -> Decision:
         """Outcomes of a batch at the end of the log, where its keys have these records.
 

@@ -28,7 +28,7 @@ PLANTS = [
     "unanswered_cas_is_success", "active_cas_checks_only_the_state",
     "higher_epoch_without_a_promise", "report_leaves_out_what_is_in_flight",
     "commit_seq_beyond_the_match", "ack_names_the_end_of_the_log", "promise_forgotten_at_restart",
-    "newest_heartbeat_wins", "cut_down_to_nothing", "read_without_a_round",
+    "newest_heartbeat_wins", "read_without_a_round",
     "read_joins_a_round_under_way", "dedup_not_shared_while_uncommitted",
     "all_is_every_reachable_member", "wiped_node_keeps_its_incarnation",
     "epoch_opened_twice", "older_epochs_are_counted",
@@ -37,14 +37,16 @@ PLANTS = [
 
 def backup_acknowledges_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup tells what it has received as if it were durable."""
-    acknowledge = Replica._acknowledge
+    on_append = Replica.on_append
 
-    def hasty(self: Replica) -> None:
+    def hasty(self: Replica, fields: dict[str, Any]) -> None:
+        on_append(self, fields)
         durable, self.durable_seq = self.durable_seq, self.last[1]
-        acknowledge(self)
-        self.durable_seq = durable
+        promise, self._durable_promise = self._durable_promise, self.promised
+        self._acknowledge()
+        self.durable_seq, self._durable_promise = durable, promise
 
-    monkeypatch.setattr(Replica, "_acknowledge", hasty)
+    monkeypatch.setattr(Replica, "on_append", hasty)
 
 
 def too_few_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,12 +182,6 @@ def newest_heartbeat_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """The new primary begins with the log that it has."""
     open = Attempt._open
     monkeypatch.setattr(Attempt, "_open", lambda self, to: {**open(self, to), "best": (0, 0)})
-
-
-def cut_down_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A conflict takes the entry before it along."""
-    cut = Replica._cut
-    monkeypatch.setattr(Replica, "_cut", lambda self, count: cut(self, max(count - 1, 0)))
 
 
 def read_without_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

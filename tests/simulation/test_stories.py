@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import cbor2
+import pytest
 
 from bus_kv.knobs import Knobs
 from tests.simulator.cluster import Cluster, Shape
+from tests.simulator.traces import FOLDER, STORIES, text_of
 from tests.simulator.world import SECOND_NS, START_NS, World
 
 if TYPE_CHECKING:
@@ -74,3 +76,9 @@ def test_a_node_alone_in_the_world_recovers_from_a_kill_within_seconds() -> None
     world.run_until(START_NS + 20 * SECOND_NS, done=lambda: cluster.is_serving)
     assert cluster.is_serving
     assert cluster.map().shards["s1"].epoch == 2
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_a_story_goes_as_its_trace_says(name: str) -> None:
+    """When a change of the protocol is meant, `python -m tests.simulator.traces` writes the traces anew."""
+    assert (FOLDER / f"{name}.txt").read_text() == text_of(name)

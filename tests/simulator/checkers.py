@@ -67,12 +67,13 @@ def read_log(rows: list[EntryRow]) -> list[Logged]:
     return logged
 
 
-def check_same(log: list[EntryRow], other: list[EntryRow], replica: Replica) -> None:
-    """A member's log is, byte for byte, the primary's up to what it has committed (R2)."""
-    for mine, its in zip(other, log, strict=False):
-        if mine.last <= replica.commit_seq and mine != its:
-            raise Violation(f"R2: {replica.node} has {mine} committed, the primary has {its}")
-    if (other[-1].last if other else 0) < replica.commit_seq:
+def check_same(log: list[EntryRow], own: list[EntryRow], replica: Replica) -> None:
+    """What a member's log has and knows to be committed is, byte for byte, the primary's (R2)."""
+    known = {row.last: row for row in log}
+    for row in own:
+        if row.last <= replica.commit_seq and row != known.get(row.last):
+            raise Violation(f"R2: {replica.node} has committed {row}, not {known.get(row.last)}")
+    if max((row.last for row in own), default=replica.base_seq) < replica.commit_seq:
         raise Violation(f"R2: {replica.node} has less than it has committed")
 
 

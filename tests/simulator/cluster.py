@@ -10,6 +10,7 @@ import cbor2
 from bus_kv.client.session import Session
 from bus_kv.knobs import Knobs
 from bus_kv.protocol.codec import encode_json
+from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.shard_map import ShardMap, ShardState, from_document
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
@@ -22,13 +23,16 @@ from tests.simulator.store import Store
 from tests.simulator.world import MILLISECOND_NS, SECOND_NS, Violation, World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from bus_kv.core.machine import Publish
+    from bus_kv.core.machine import EntryRow, Publish
     from bus_kv.protocol.shard_map import Shard
     from nodes.machine.replica import Replica
 
 MAX_PAYLOAD_BYTES = 65_536
+
+
+KINDS = ("crash", "crash", "pause", "pause", "cut", "store", "full", "operate", "operate", "loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,8 @@ class Shape:
     lost_answers: float
     fault_interval_ns: int
     knobs: Knobs
+    kinds: Sequence[str] = ("crash",)
+    """Of the faults that happen in this run."""
     haste: int = 1
     """Faults, and what is done about them, follow each other so many times faster."""
 
@@ -58,6 +64,7 @@ def draw_shape(world: World) -> Shape:
         slowness=random.choice([0.0, 0.01, 0.05, 0.3]),
         lost_answers=random.choice([0.0, 0.02, 0.2]),
         fault_interval_ns=random.choice([300, 800, 2000]) * MILLISECOND_NS // haste,
+        kinds=random.sample(KINDS, random.randint(2, len(KINDS))),
         haste=haste,
         knobs=Knobs(
             step_retry_ms=500 // haste,
@@ -74,7 +81,9 @@ def draw_shape(world: World) -> Shape:
             fold_interval_ms=random.choice([1, 50, 2000]),
             fold_bytes=random.choice([1, 1000, 100_000]),
             unfolded_bytes_max=random.choice([2000, 1_000_000]),
-            log_keep_bytes=1_000_000,
+            log_keep_bytes=random.choice([0, 200, 1000, 1_000_000]),
+            log_bytes_max=random.choice([0, 1000, 1_000_000]),
+            snapshot_retry_ms=500 // haste,
             dedup_runs_max=random.choice([0, 3, 1000]),
             client_window_messages=random.choice([1, 4]),
             answer_within_ms=random.choice([300, 1500]) // haste,
@@ -183,19 +192,14 @@ class Cluster:
     def _fault(self) -> None:
         if self.healed:
             return
-        kinds = [
-            self._crash,
-            self._crash,
-            self._pause,
-            self._cut,
-            self._store_down,
-            self._disk_full,
-            self._operate,
-            self._lose_disk,
-        ]
+        kinds = {
+            "crash": self._crash, "pause": self._pause, "cut": self._cut,
+            "store": self._store_down, "full": self._disk_full, "operate": self._operate,
+            "loss": self._lose_disk,
+        }  # fmt: skip
         # The first node is the one that gets the first shard: faults elsewhere teach less.
         victims = [self.nodes[0]] * 3 + self.nodes + self.coordinators
-        self._random.choice(kinds)(self._random.choice(victims))
+        kinds[self._random.choice(self.shape.kinds)](self._random.choice(victims))
         self._next_fault()
 
     def _duration_ns(self, seconds_max: int) -> int:
@@ -361,9 +365,29 @@ class Cluster:
     def holders(self, shard: str, version: tuple[int, int]) -> int:
         """On how many disks an operation is durable."""
         epoch, seq = version
-        disks = [node.disk for node in self.nodes if node.disk is not None] + self.lost_disks
-        logs = [disk.archive.get(shard, []) for disk in disks]
-        return sum(any(row.epoch == epoch and row.last >= seq for row in log) for log in logs)
+        return sum(
+            any(id == shard and e == epoch and last >= seq for id, e, last in disk.ever)
+            for disk in self.disks
+        )
+
+    @property
+    def disks(self) -> list[Disk]:
+        """Also those that were lost."""
+        return [node.disk for node in self.nodes if node.disk is not None] + self.lost_disks
+
+    def log(self, shard: str, end: tuple[int, int]) -> list[EntryRow]:
+        """The entries up to `end`, one following the other, wherever they are or were."""
+        known: dict[tuple[str, int, int], EntryRow] = {}
+        for disk in self.disks:
+            for name, row in disk.ever.items():
+                if known.setdefault(name, row) != row:
+                    raise Violation(f"R2: there are two entries {name}")
+        rows: list[EntryRow] = []
+        while end != (0, 0):
+            rows.append(known[shard, *end])
+            end = decode_entry(rows[-1].body).previous
+        rows.reverse()
+        return rows
 
     def _serves(self, shard: Shard) -> bool:
         machine = self.peers[shard.primary].machine

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Answered, AppendCompleted, AppendStalled, CutRow, Trim
+from tests.simulator.describe import describe_append
 from tests.simulator.state import State
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
 
@@ -21,11 +22,11 @@ FSYNC_NS = (150 * MICROSECOND_NS, 900 * MICROSECOND_NS)
 
 class Disk:
     def __init__(self, world: World, name: str) -> None:
-        self._world = world
+        self._world, self._name = world, name
         self._random = world.random(f"disk/{name}")
         self.entries: dict[str, list[EntryRow]] = {}
-        self.archive: dict[str, list[EntryRow]] = {}
-        """Every entry that was ever durable, for the checkers: the log itself is trimmed."""
+        self.ever: dict[tuple[str, int, int], EntryRow] = {}
+        """Every entry that was ever durable here, by shard, epoch and last seq: the log itself is trimmed and cut."""
         self.state = State(world, name, self)
         self.replicas: dict[str, ReplicaRow] = {}
         self.incarnation = f"i{self._random.getrandbits(32):08x}"
@@ -72,15 +73,18 @@ class Disk:
 
     def _keep(self, appends: list[Append]) -> None:
         for append in appends:
+            if self._world.tell is not None:
+                for line in describe_append(append):
+                    self._world.tell(self._name, line)
             for row in append.entries:
-                for log in (self.entries, self.archive):
-                    rows = log.setdefault(row.shard, [])
-                    if isinstance(row, CutRow):
-                        log[row.shard] = [entry for entry in rows if entry.last <= row.last]
-                    elif rows and rows[-1].last >= row.last:
-                        raise Violation(f"entry {row.last} is appended behind {rows[-1].last}")
-                    else:
-                        rows.append(row)
+                rows = self.entries.setdefault(row.shard, [])
+                if isinstance(row, CutRow):
+                    self.entries[row.shard] = [entry for entry in rows if entry.last <= row.last]
+                elif rows and rows[-1].last >= row.last:
+                    raise Violation(f"entry {row.last} is appended behind {rows[-1].last}")
+                else:
+                    rows.append(row)
+                    self.ever[row.shard, row.epoch, row.last] = row
             for replica in append.replicas:
                 self.replicas[replica.shard] = replica
             self.map = append.map or self.map

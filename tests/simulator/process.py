@@ -6,10 +6,12 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
+    ClientsOf,
     Expiring,
     Fold,
     Halt,
     KeysAfter,
+    Load,
     LogRead,
     Lookup,
     Publish,
@@ -19,6 +21,7 @@ from bus_kv.core.machine import (
     Request,
     RequestsOf,
     Responded,
+    SnapshotRead,
     StoreCas,
     Stored,
     StoreGet,
@@ -181,6 +184,9 @@ class Process:
                 | KeysAfter()
                 | Expiring()
                 | RequestsOf()
+                | Load()
+                | SnapshotRead()
+                | ClientsOf()
             ):
                 assert self.disk is not None
                 self.disk.state.submit(effect)

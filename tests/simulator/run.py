@@ -81,7 +81,8 @@ def _check(cluster: Cluster, workloads: list[Workload], history: list[Call]) -> 
         replica = process.machine.replicas[shard.id]
         if replica.status is not Status.ACTIVE:
             raise Violation(f"liveness: shard {shard.id} is {replica.status} after healing")
-        log = checkers.read_log(process.disk.archive[shard.id])
+        rows = cluster.log(shard.id, replica.last)
+        log = checkers.read_log(rows)
         checkers.check_exactly_once(log)
         checkers.check_durability(log, history)
         checkers.check_linearizable(log, history)
@@ -91,7 +92,7 @@ def _check(cluster: Cluster, workloads: list[Workload], history: list[Call]) -> 
             copy = cluster.replica(member.node, shard.id)
             assert copy is not None
             assert own.disk is not None
-            checkers.check_same(process.disk.archive[shard.id], own.disk.archive[shard.id], copy)
+            checkers.check_same(rows, own.disk.entries[shard.id], copy)
             committed = [op for op in log if op.version[1] <= copy.commit_seq]
             state = own.disk.state.shard(shard.id)
             checkers.check_state(committed, state)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 from bisect import insort
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
     Answered,
+    ClientsOf,
     Expiring,
     Fold,
     FoldStalled,
-    HistoryOf,
     KeysAfter,
+    Load,
     Lookup,
     Mark,
     RangeCount,
     RangeRead,
     RequestsOf,
+    SnapshotRead,
+    Unread,
 )  # fmt: skip
 from bus_kv.protocol import batch as b
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS
@@ -77,7 +81,7 @@ class Shard:
         rows = self.rows
         match query:
             case Lookup():
-                return [(key, *rows[key][1]) for key in query.keys if key in rows]
+                return self._lookup(query)
             case RangeRead():
                 return self._range(query)
             case RangeCount():
@@ -99,10 +103,55 @@ class Shard:
                     and run[0][0] <= query.last and run[0][-1] >= query.first
                 ]  # fmt: skip
                 return [-1, *runs]
-            case HistoryOf():
-                return []
+            case SnapshotRead() | ClientsOf():
+                return self._chunk(query)
             case _:
                 raise TypeError(f"unknown query {query!r}")
+
+    def _lookup(self, query: Lookup) -> list[Any]:
+        found: list[Any] = []
+        for key in query.heads:
+            if key in self.rows:
+                value, *rest = self.rows[key][1]
+                found.append((key, Unread(len(value)), *rest))
+        room = query.bytes_max
+        for reached, key in enumerate(query.whole):
+            if room <= 0:
+                return [reached, *found]
+            if key in self.rows:
+                found.append((key, *self.rows[key][1]))
+                room -= len(self.rows[key][1][0])
+        return [len(query.whole), *found]
+
+    def _chunk(self, query: SnapshotRead | ClientsOf) -> list[Any]:
+        """Two keys a chunk, then the rest; what was written after `last` is left out."""
+        if isinstance(query, ClientsOf):
+            return [*self.clients.items()]
+        after, keys = query.place or b"", sorted(self.rows)
+        page = [key for key in keys if key > after][:2]
+        if page:
+            rows = [(key, self.rows[key]) for key in page if self.rows[key][1][2] <= query.last]
+            return ["rows", pickle.dumps(rows), page[-1]]
+        oplog = [row for row in self.oplog if row[1] <= query.last]
+        requests = [(client, run) for client, run in self.requests if run[4] <= query.last]
+        return ["rest", pickle.dumps((oplog, requests)), None]
+
+    def load(self, load: Load) -> None:
+        if load.mark is not None:
+            self.mark = load.mark
+        elif load.table == "rows":
+            for key, (_, record) in pickle.loads(load.chunk):
+                self.positions += 1
+                self.rows[key] = (self.positions, record)
+        elif load.table == "rest":
+            self.oplog, self.requests = pickle.loads(load.chunk)
+            for client, run in self.requests:
+                self.clients[client] = max(self.clients.get(client, -1), run[0][-1])
+        else:
+            self.clear()
+
+    def clear(self) -> None:
+        self.__init__()  # type: ignore[misc]
 
     def _keys(self, start: bytes, end: bytes | None) -> list[bytes]:
         return sorted(k for k in self.rows if k >= start and (end is None or k < end))
@@ -127,7 +176,7 @@ class State:
         self._random = world.random(f"state/{name}")
         self.shards: dict[str, Shard] = {}
         self._notify: Callable[[Any], None] = lambda _: None
-        self._folds: list[Fold] = []
+        self._folds: list[Fold | Load] = []
         self._life = 0
 
     def open(self, notify: Callable[[Any], None]) -> None:
@@ -137,9 +186,9 @@ class State:
     def shard(self, id: str) -> Shard:
         return self.shards.setdefault(id, Shard())
 
-    def submit(self, effect: Fold | Query) -> None:
+    def submit(self, effect: Fold | Load | Query) -> None:
         life = self._life
-        if isinstance(effect, Fold):
+        if isinstance(effect, Fold | Load):
             self._folds.append(effect)
             if len(self._folds) == 1:
                 self._begin_fold()
@@ -172,8 +221,7 @@ class State:
             self._notify(FoldStalled("no space left"))
             self._world.after(200 * MILLISECOND_NS, lambda: self._commit(life))
             return
-        fold = self._folds[0]
-        self.shard(fold.shard).apply(fold)
+        self._write(self._folds[0])
         self._world.after(self._random.randint(*QUERY_NS), lambda: self._complete(life))
 
     def _complete(self, life: int) -> None:
@@ -189,5 +237,15 @@ class State:
         if self._folds and self._world.now_ns >= self._disk.full_until_ns:
             fold = self._folds[0]
             if self.shard(fold.shard).mark != fold.mark and self._random.random() < 0.5:
-                self.shard(fold.shard).apply(fold)
+                self._write(fold)
         self._folds = []
+        for shard in self.shards.values():
+            if not shard.mark.last:
+                shard.clear()  # a snapshot that did not come to its end is nothing
+
+    def _write(self, effect: Fold | Load) -> None:
+        shard = self.shard(effect.shard)
+        if isinstance(effect, Fold):
+            shard.apply(effect)
+        else:
+            shard.load(effect)

@@ -7,6 +7,8 @@ import heapq
 import random
 from typing import TYPE_CHECKING
 
+from tests.simulator.describe import describe_message
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,7 +26,8 @@ class World:
     def __init__(self, seed: int, trace: bool = False) -> None:
         self.seed = seed
         self.now_ns = START_NS
-        self.trace = trace
+        self.tell: Callable[[str, str], None] | None = self._print if trace else None
+        """Gets (who, what) of everything that happens, in words."""
         self.events = 0
         self._order = 0
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
@@ -51,11 +54,14 @@ class World:
             self.now_ns = max(self.now_ns, end_ns)
 
     def note(self, who: str, what: str, body: bytes = b"") -> None:
-        """Put something that happened into the digest, and into the trace when that is wanted."""
+        """Put something that happened into the digest, and tell it when that is wanted."""
         self._digest.update(f"{self.now_ns}|{who}|{what}|".encode())
         self._digest.update(body)
-        if self.trace:
-            print(f"{(self.now_ns - START_NS) / 1e9:10.6f}  {who:<10} {what}")
+        if self.tell is not None:
+            self.tell(who, describe_message(what[3:], body) if what.startswith("-> ") else what)
+
+    def _print(self, who: str, what: str) -> None:
+        print(f"{(self.now_ns - START_NS) / 1e9:10.6f}  {who:<10} {what}")
 
     @property
     def digest(self) -> str:

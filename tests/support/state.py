@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bus_kv.core.machine import Answered, Fold, LoggedBatch, Mark
+from bus_kv.core.machine import Answered, Fold, LoggedBatch, Lookup, Mark
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch
 from nodes.state import StateStore
@@ -46,6 +46,12 @@ class State:
         answer = self.do(query)
         assert answer.failure is None, answer
         return answer.rows
+
+    def records(self, keys: list[bytes], shard: str = "s1") -> list[Any]:
+        """Those of these keys that are there, with their values."""
+        reached, *rows = self.ask(Lookup(1, shard, [], keys, 1 << 40))
+        assert reached == len(keys)
+        return rows
 
     def fetch(self, statement: str) -> list[Any]:
         with self.store.cursor() as cursor:

@@ -19,6 +19,7 @@ from bus_kv.core.machine import (
     RangeRead,
     RequestsOf,
     Sql,
+    Unread,
 )
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch
@@ -105,8 +106,8 @@ def test_shards_are_apart(state: State) -> None:
     one, other = Writer("s1"), Writer("it's; DROP TABLE kv")
     state.do(one.fold(puts(keys(1), b"one")))
     state.do(other.fold(puts(keys(1), b"other")))
-    assert state.ask(Lookup(1, one.shard, keys(1)))[0][1] == b"one"
-    assert state.ask(Lookup(1, other.shard, keys(1)))[0][1] == b"other"
+    assert state.records(keys(1), one.shard)[0][1] == b"one"
+    assert state.records(keys(1), other.shard)[0][1] == b"other"
     rows = state.fetch("SELECT shard, value_text FROM kv ORDER BY shard")
     assert rows == [(other.shard, "other"), (one.shard, "one")]
 
@@ -120,7 +121,7 @@ def test_a_fold_that_cannot_be_done_ends_the_node(tmp_path: Path, writer: Writer
     state.store.submit(writer.fold(puts(keys(2), client="c", numbers=range(1))))
     assert "--rebuild" in str(state.failures.get(timeout=30))
     assert state.store.marks() == before
-    assert state.ask(Lookup(1, "s1", keys(2))) == []
+    assert state.records(keys(2)) == []
     state.store.close()
 
 
@@ -130,13 +131,103 @@ def test_a_fold_that_cannot_be_done_ends_the_node(tmp_path: Path, writer: Writer
 def test_lookup_finds_what_is_there(state: State, writer: Writer) -> None:
     state.do(writer.fold(puts(keys(*range(1000))), expires_at=5000))
     wanted = keys(*range(500, 1500))
-    rows = state.ask(Lookup(1, "s1", wanted))
+    rows = state.records(wanted)
     assert {key for key, *_ in rows} == set(keys(*range(500, 1000)))
     assert sorted(rows)[0] == (*keys(500), b"v", 3, 501, 5000)
+    reached, *rows = state.ask(Lookup(1, "s1", wanted, [], 1))
+    assert {key for key, *_ in rows} == set(keys(*range(500, 1000)))
+    assert (reached, sorted(rows)[0]) == (0, (*keys(500), Unread(1), 3, 501, 5000))
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 1 << 20], ids=["lengths first", "at once"])
+def test_a_lookup_ends_with_the_value_that_fills_it(
+    state: State, writer: Writer, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(state_queries, "LOOKUP_CHUNK_KEYS", 3)
+    monkeypatch.setattr(state_queries, "PIECE_BYTES", piece_bytes)
+    batch = puts(keys(*range(10)))
+    batch.values = [b"v" * size for size in (1, 100, 1, 1, 100, 1, 100, 100, 1, 1)]
+    state.do(writer.fold(batch))
+    # 90 and 91 are absent, and gone through like the others.
+    wanted = keys(0, 90, 5, 1, 91, 2, 8, 4, 3, 6)
+    for bytes_max, reached in {
+        1: 1,
+        2: 3,
+        3: 4,
+        102: 4,
+        103: 6,
+        104: 7,
+        105: 8,
+        10_000: 10,
+    }.items():
+        told, *rows = state.ask(Lookup(1, "s1", [], wanted, bytes_max))
+        assert told == reached, bytes_max
+        assert {row[0] for row in rows} == {*wanted[:reached]} - {*keys(90, 91)}
+        assert all(
+            len(row[1]) == len(batch.values[batch.keys.index(row[0])] or b"") for row in rows
+        )
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_large_values_among_many_small_ones_are_not_read_all_at_once(
+    tmp_path: Path, writer: Writer, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    small, large = keys(*range(20_000)), [f"large-{i:02}".encode() for i in range(40)]
+    state = State(tmp_path)
+    state.do(writer.fold(puts(small)))
+    state.do(writer.fold(puts(large, b"v" * 800_000)))
+    if restarted:
+        state.store.close()
+        state = State(tmp_path)
+    read = _sizes_read(monkeypatch)
+    wanted = large
+    while wanted:
+        reached, *rows = state.ask(Lookup(1, "s1", large, wanted, 1_000_000))
+        assert reached == min(len(wanted), 2)
+        assert [row[:2] for row in sorted(rows[40:])] == [
+            (key, b"v" * 800_000) for key in wanted[:reached]
+        ]
+        wanted = wanted[reached:]
+    assert max(read) <= state_queries.PIECE_BYTES
+    state.store.close()
+
+
+def _sizes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the values that each statement of the reader brings."""
+    sizes: list[int] = []
+
+    def fetch(self: state_queries.Reader, statement: str, parameters: list[Any]) -> list[Any]:
+        rows = honest(self, statement, parameters)
+        sizes.append(sum(len(row[1]) for row in rows if isinstance(row[1], bytes)))
+        return rows
+
+    honest = state_queries.Reader._fetch
+    monkeypatch.setattr(state_queries.Reader, "_fetch", fetch)
+    return sizes
+
+
+def test_a_lookup_tells_how_long_values_are(state: State) -> None:
+    writer = RandomWriter(seed=3)
+    for _ in range(20):
+        state.do(writer.next_fold())
+    _, *rows = state.ask(Lookup(1, "s1", [*writer.on_disk.kv], [], 0))
+    assert {key: len(value) for key, value, *_ in rows} == {
+        key: len(record[0]) for key, record in writer.on_disk.kv.items()
+    }
+
+
+def test_heads_and_whole_records_come_together(state: State, writer: Writer) -> None:
+    state.do(writer.fold(puts(keys(1, 2, 3), b"value")))
+    reached, *rows = state.ask(Lookup(1, "s1", keys(1, 3, 9), keys(1, 2), 1))
+    assert reached == 1
+    assert [row[:2] for row in sorted(rows[:2])] == [
+        (*keys(1), Unread(5)), (*keys(3), Unread(5)),
+    ]  # fmt: skip
+    assert [row[:2] for row in rows[2:]] == [(*keys(1), b"value")]
 
 
 @pytest.mark.parametrize("query", [
-    Lookup(1, "none", [b"k"]), RangeRead(1, "none", b"", None, 10, MANY_BYTES),
+    RangeRead(1, "none", b"", None, 10, MANY_BYTES),
     KeysAfter(1, "none", 0, 10), Expiring(1, "none", 10, 10),
     HistoryOf(1, "none", b"k", None, 10, MANY_BYTES),
 ])  # fmt: skip
@@ -147,6 +238,7 @@ def test_a_shard_that_was_never_folded_is_empty(state: State, query: Any) -> Non
 def test_what_is_counted_and_remembered_of_an_unknown_shard(state: State) -> None:
     assert state.ask(RangeCount(1, "none", b"", None)) == [0]
     assert state.ask(RequestsOf(1, "none", "c", 0, 9)) == [-1]
+    assert state.ask(Lookup(1, "none", [b"k"], [b"a", b"b"], 1)) == [2]
     assert state.store.clients("none") == []
 
 

@@ -13,8 +13,9 @@ import duckdb
 import pytest
 
 from bus_kv.core.machine import Lookup
-from nodes.log import DiskError
+from nodes.log import DiskError, DiskFull
 from nodes.state import set_aside
+from nodes.state_file import explain
 from tests.support.command import environment
 from tests.support.state import (
     RandomWriter,
@@ -140,7 +141,7 @@ def test_a_node_can_stop_while_the_disk_is_full(tmp_path: Path) -> None:
     run_child(LIMITED + "state.store.close()", tmp_path, 1 << 30)
     state = State(tmp_path)
     assert state.failures.empty()
-    assert state.ask(Lookup(1, "s1", [b"0-0"]))
+    assert state.records([b"0-0"])
     state.store.close()
 
 
@@ -259,9 +260,27 @@ def test_a_log_without_its_file_is_refused(stopped: Path) -> None:
     assert "--rebuild" in refusal(stopped)
 
 
-def test_a_newer_format_is_refused(stopped: Path) -> None:
-    change_meta(stopped, "format_version", "99")
-    assert "99" in refusal(stopped)
+@pytest.mark.parametrize(
+    "error",
+    [
+        duckdb.OutOfMemoryException("could not allocate block"),
+        duckdb.TransactionException(
+            "TransactionContext Error: Failed to commit: failed to pin block of size 256.0 KiB"
+        ),
+    ],
+)
+def test_too_little_memory_is_no_damage(tmp_path: Path, error: duckdb.Error) -> None:
+    problem = explain(tmp_path / FILE, error)
+    assert isinstance(problem, DiskFull)
+    assert "not enough memory" in str(problem)
+
+
+@pytest.mark.parametrize(("version", "says"), [("99", "newer"), ("1", "older")])
+def test_another_format_is_refused(stopped: Path, version: str, says: str) -> None:
+    change_meta(stopped, "format_version", version)
+    message = refusal(stopped)
+    assert f"format {version}, {says} than" in message
+    assert "--rebuild" in message
 
 
 def test_the_state_of_another_log_is_refused(stopped: Path) -> None:
@@ -325,7 +344,7 @@ def complaints_of(directory: Path, keys: list[bytes]) -> list[str]:
         state = State(directory)
     except DiskError as error:
         return [str(error)]
-    answer = state.do(Lookup(1, "s1", keys))
-    assert answer.failure or len(answer.rows) == len(keys)
+    answer = state.do(Lookup(1, "s1", [], keys, 1 << 40))
+    assert answer.failure or len(answer.rows) == 1 + len(keys)
     state.store.close()
     return [str(error) for error in state.failures.queue]

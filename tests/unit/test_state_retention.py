@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bus_kv.core.machine import Lookup, RequestsOf
+from bus_kv.core.machine import RequestsOf
 from tests.support.state import State, Writer, open_state, puts
 
 
@@ -27,7 +27,7 @@ def test_old_operations_go_by_log_time(tmp_path: Path, writer: Writer) -> None:
     state.store.close()
     state = State(tmp_path)
     assert [row[4] for row in state.contents("s1").oplog] == keys(2, 3)
-    assert len(state.ask(Lookup(1, "s1", keys(1, 2, 3)))) == 3
+    assert len(state.records(keys(1, 2, 3))) == 3
     state.store.close()
 
 

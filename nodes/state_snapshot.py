@@ -1,0 +1,128 @@
+"""Snapshots of one shard's state: read in chunks on one node, written on another.
+
+A chunk is an Arrow table of rows as they stand in the state, in IPC form. The places of chunks follow the tables, and
+within a table the parts of a fixed division and the order in a part, so a lost chunk is read again wherever folds have
+got to by then.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+    from bus_kv.core.machine import Load, Mark, SnapshotRead
+    from nodes.state_file import ShardTable
+
+PART_BYTES = 1 << 20
+"""Of keys and values in a part of the data, on average: a part is read at once."""
+PART_SEQS = 20_000
+"""Operations, and requests by their first, in a part."""
+TABLES = ("kv", "oplog", "oplog_parts", "requests", "clients")
+_ORDER = {
+    "kv": "key", "oplog": "seq", "oplog_parts": "last", "requests": "first_seq", "clients": "client"
+}  # fmt: skip
+_SEQ = {"kv": "seq", "oplog": "seq", "oplog_parts": "last", "requests": "first_seq"}
+
+
+def read_chunk(
+    db: DuckDBPyConnection, table: ShardTable | None, mark: Mark, query: SnapshotRead
+) -> list[Any]:
+    """[table, chunk, next place]; a place is [table, part, what follows in it]. Raises duckdb.Error."""
+    name, part, after = query.place or ["kv", 0, None]
+    parts = _parts(name, mark, query.last)
+    if table is None:
+        return [name, b"", None]
+    rows = _rows(db, table, query, (name, part, parts, after))
+    chunk, taken = _fitting(rows, query.bytes_max)
+    if taken < rows.num_rows:
+        return [name, chunk, [name, part, rows[_ORDER[name]][taken - 1].as_py()]]
+    if part + 1 < parts:
+        return [name, chunk, [name, part + 1, None]]
+    following = TABLES[TABLES.index(name) + 1 :]
+    return [name, chunk, [following[0], 0, None] if following else None]
+
+
+def _parts(name: str, mark: Mark, last: int) -> int:
+    if name == "kv":
+        return mark.data_bytes // PART_BYTES + 1
+    return last // PART_SEQS + 1 if name in ("oplog", "requests") else 1
+
+
+def _rows(
+    db: DuckDBPyConnection, table: ShardTable, query: SnapshotRead,
+    place: tuple[str, int, int, Any],
+) -> Any:  # fmt: skip
+    name, part, parts, after = place
+    conditions: list[str] = []
+    parameters: list[Any] = []
+    if name == "kv":
+        conditions.append(f"hash(key) % {parts} = {part}")
+    else:
+        conditions.append("shard = ?")
+        parameters.append(query.shard)
+    if name in ("oplog", "requests"):
+        first = part * PART_SEQS
+        conditions.append(f"{_SEQ[name]} >= {first} AND {_SEQ[name]} < {first + PART_SEQS}")
+    if name in _SEQ:
+        conditions.append(f"{_SEQ[name]} <= ?")
+        parameters.append(query.last)
+    if after is not None:
+        conditions.append(f"{_ORDER[name]} > ?")
+        parameters.append(after)
+    source = table.name if name == "kv" else name
+    statement = (
+        f"SELECT * FROM state.{source} WHERE {' AND '.join(conditions)} ORDER BY {_ORDER[name]}"
+    )
+    rows: Any = db.sql(statement, params=parameters).to_arrow_table()
+    return rows
+
+
+def _fitting(rows: Any, bytes_max: int) -> tuple[bytes, int]:
+    """As many rows as fit; one always goes."""
+    count = rows.num_rows
+    while True:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows.slice(0, count))
+        chunk = sink.getvalue().to_pybytes()
+        if len(chunk) <= bytes_max or count <= 1:
+            return chunk, count
+        count = max(1, min(count // 2, count * bytes_max // len(chunk)))
+
+
+def clear_shard(db: DuckDBPyConnection, shard: str, table: ShardTable) -> None:
+    """Nothing of the shard is left, and its mark says so."""
+    db.execute(f"DELETE FROM state.{table.name}")
+    for name in ("oplog", "oplog_parts", "requests", "clients"):
+        db.execute(f"DELETE FROM state.{name} WHERE shard = ?", [shard])
+    db.execute(
+        "UPDATE state.marks SET epoch = 0, last = 0, time_ms = 0, keys = 0, data_bytes = 0, "
+        "lineage = '[]' WHERE shard = ?", [shard],
+    )  # fmt: skip
+
+
+def largest_in_chunk(load: Load) -> int:
+    """Bytes of the largest value in a chunk."""
+    if load.table != "kv":
+        return 0
+    sizes = pa.ipc.open_stream(load.chunk).read_all()["value_bytes"]
+    return max(sizes.to_pylist(), default=0)
+
+
+def write_chunk(db: DuckDBPyConnection, load: Load, table: ShardTable) -> None:
+    """Within a transaction of the caller's. Raises duckdb.Error."""
+    rows = pa.ipc.open_stream(load.chunk).read_all()
+    if not rows.num_rows:
+        return
+    if load.table not in TABLES:
+        raise ValueError(f"a snapshot has no table {load.table!r}")
+    target = table.name if load.table == "kv" else load.table
+    db.register("chunk", rows)
+    try:
+        db.execute(f"INSERT INTO state.{target} SELECT * FROM chunk")
+    finally:
+        db.unregister("chunk")

@@ -1,0 +1,102 @@
+"""A snapshot, chunk by chunk from one state into another, is the state at the mark with which it began."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bus_kv.core.machine import ClientsOf, Load, Mark, SnapshotRead
+from tests.support.state import RandomWriter, State, Writer, puts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from bus_kv.core.machine import Fold
+
+CHUNK_BYTES = 4000
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[State]:
+    state = State(tmp_path / "source")
+    yield state
+    state.store.close()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Iterator[State]:
+    state = State(tmp_path / "target")
+    yield state
+    state.store.close()
+
+
+def transfer(
+    source: State, target: State, mark: Mark, between: Callable[[], None] = lambda: None
+) -> int:
+    """Copy shard s1 as it is at `mark`; returns how many chunks it took."""
+    assert target.do(Load(1, "s1", "default", "", b"")).failure is None
+    place, chunks = None, 0
+    while chunks == 0 or place is not None:
+        table, chunk, place = source.ask(SnapshotRead(1, "s1", mark.last, place, CHUNK_BYTES))
+        assert target.do(Load(2, "s1", "default", table, chunk)).failure is None
+        chunks += 1
+        between()
+    assert target.do(Load(3, "s1", "default", "", b"", mark)).failure is None
+    return chunks
+
+
+def test_everything_of_the_shard_is_there_afterwards(source: State, target: State) -> None:
+    writer = RandomWriter(seed=1)
+    for _ in range(20):
+        source.do(writer.next_fold())
+    source.do(Writer("s2").fold(puts([b"other"])))
+    assert transfer(source, target, writer.on_disk.mark) > 10
+    assert target.contents("s1") == writer.on_disk
+    assert target.contents("s2").kv == {}
+    assert sorted(target.ask(ClientsOf(1, "s1"))) == sorted(source.ask(ClientsOf(1, "s1")))
+
+
+def test_what_was_in_the_target_before_is_gone(source: State, target: State) -> None:
+    target.do(Writer().fold(puts([b"stale", b"key-1"], client="old", numbers=range(2))))
+    writer = RandomWriter(seed=2)
+    source.do(writer.next_fold())
+    transfer(source, target, writer.on_disk.mark)
+    assert target.contents("s1") == writer.on_disk
+
+
+def test_folds_in_between_change_nothing_once_their_log_has_followed(
+    source: State, target: State
+) -> None:
+    """What was written meanwhile is left out of the chunks, and comes with the log behind the mark."""
+    writer = RandomWriter(seed=3)
+    for _ in range(10):
+        source.do(writer.next_fold())
+    mark = writer.on_disk.mark
+    later: list[Fold] = []
+
+    def fold() -> None:
+        if len(later) < 10:
+            later.append(writer.next_fold())
+            source.do(later[-1])
+
+    transfer(source, target, mark, fold)
+    for fold_behind in later:
+        target.do(fold_behind)
+    assert target.contents("s1") == writer.on_disk
+
+
+def test_a_snapshot_that_did_not_end_leaves_nothing(source: State, tmp_path: Path) -> None:
+    writer = RandomWriter(seed=4)
+    source.do(writer.next_fold())
+    half = State(tmp_path / "half")
+    half.do(Load(1, "s1", "default", "", b""))
+    table, chunk, _ = source.ask(SnapshotRead(1, "s1", writer.on_disk.mark.last, None, CHUNK_BYTES))
+    half.do(Load(2, "s1", "default", table, chunk))
+    assert half.contents("s1").kv
+    half.store.close()
+    again = State(tmp_path / "half")
+    assert again.contents("s1").kv == {}
+    assert again.store.marks()["s1"] == Mark()
+    again.store.close()
