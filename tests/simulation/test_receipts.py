@@ -145,9 +145,9 @@ def _differ(before: Told, after: Told) -> bool:
 
 
 def check_last(seed: int, cluster: Cluster, told: list[Told]) -> None:
-    disk = cluster.peers[cluster.map().shards["s1"].primary].disk
-    assert disk is not None
-    log = {operation.version for operation in checkers.read_log(disk.archive["s1"])}
+    primary = cluster.replica(cluster.map().shards["s1"].primary, "s1")
+    assert primary is not None
+    log = {op.version for op in checkers.read_log(cluster.log("s1", primary.tail.base))}
     for one in told:
         if one.state not in (*COMMITTED, "rolled_back") or (
             (one.state in COMMITTED) is not (one.version in log)

@@ -178,7 +178,7 @@ def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plant", "promise"),
     [
-        (ack_before_fsync, "durability|linearizability"),
+        (ack_before_fsync, "durability|linearizability|R4"),
         (dedup_lost_at_takeover, "exactly once"),
         (read_from_the_tail, "linearizability"),
         (restarted_primary_resumes_its_epoch, "R7"),
