@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bus_kv.client.client import Client, connect
-    from bus_kv.client.results import Entry, PastVersion, Receipt, Rows
+    from bus_kv.client.results import Entry, PastVersion, ReadState, Receipt, Rows
 
 __version__ = "0.1.0"
 
@@ -20,11 +20,14 @@ _WHERE = {
     "Client": "bus_kv.client.client",
     "Entry": "bus_kv.client.results",
     "PastVersion": "bus_kv.client.results",
+    "ReadState": "bus_kv.client.results",
     "Receipt": "bus_kv.client.results",
     "Rows": "bus_kv.client.results",
 }
 
-__all__ = ["Client", "Entry", "PastVersion", "Receipt", "Rows", "__version__", "connect"]
+__all__ = [
+    "Client", "Entry", "PastVersion", "ReadState", "Receipt", "Rows", "__version__", "connect",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -109,6 +109,8 @@ class Knobs:
 
     client_timeout_s: float = 10.0
     """A call of the Python client fails after this."""
+    admin_timeout_s: float = 12.0
+    """A request of administration fails after this: a coordinator takes up to 10 s to say that it could not be done."""
     client_attempt_ms: int = 2000
     """The Python client sends a message again when it has no answer after this."""
     client_window_messages: int = 4

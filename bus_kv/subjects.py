@@ -71,6 +71,9 @@ class Subjects:
     def any_admin(self) -> str:
         return f"{self.root}.admin.*"
 
+    def admin(self, verb: str) -> str:
+        return f"{self.root}.admin.{verb}"
+
     @property
     def bucket(self) -> str:
         """The JetStream key-value bucket of the map; dots are not allowed in bucket names."""

@@ -218,7 +218,7 @@ class NodeHost:
     async def _leave(self) -> None:
         """Take no new requests, finish those that came in, say goodbye."""
         log.info("stopping: draining requests")
-        await self._driver.drain(("verb", "shard"), DRAIN_S)
+        await self._driver.drain(("verb", "shard", "read"), DRAIN_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_S):
                 await self._driver.until(lambda: not self._machine.is_busy)

@@ -114,12 +114,15 @@ def _run(call: Call, work: Coroutine[Any, Any, int]) -> int:
     """Run a command to its exit code; every failure becomes one line or one document."""
     import uvloop
 
+    from bus_kv.client.calls import NoCoordinator
     from bus_kv.runtime.nats_bus import BusError, BusUnreachable
     from bus_kv.runtime.nats_server import NatsServerError
 
     be_quiet()
     try:
         return uvloop.run(work)
+    except NoCoordinator as error:
+        return _fail(call, "UNREACHABLE", error, UNREACHABLE)
     except BusKVError as error:
         call.out.failure(error.to_body())
         return FAILED

@@ -10,6 +10,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.pages import count_pages, pages, range_fields
+from bus_kv.client.receipts import BusFates
 from bus_kv.client.results import Entry, PastVersion, Receipt, Rows
 from bus_kv.client.session import Session
 from bus_kv.errors import BusKVError, MalformedRequest, ShardUnavailable, from_body
@@ -23,7 +24,7 @@ from bus_kv.runtime.nats_bus import NatsBus
 from bus_kv.subjects import Subjects
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
     from bus_kv.protocol.batch import Version
 
@@ -88,7 +89,8 @@ class Client:
     def __init__(self, options: ConnectOptions, knobs: Knobs, client_id: str) -> None:
         self._options, self._knobs, self._id = options, knobs, client_id
         self._clock = Clock()
-        self._bus = NatsBus(options)
+        self._bus = NatsBus(options, self._on_restored)
+        self._fates = BusFates(self.call, knobs.client_timeout_s)
         self._session: Session
         self._driver: Driver
         self._loop: asyncio.AbstractEventLoop
@@ -104,10 +106,12 @@ class Client:
         self._value_bytes_max = Sizes(payload).value
         subjects = Subjects(self._options.root)
         self._session = Session(self._id, subjects, self._knobs, payload, _tell)
+        self._session.fates = self._fates
         self._driver = Driver(
             self._session, self._bus, self._clock, inbox_messages_max=self._knobs.inbox_messages_max
         )
         await self._bus.answer_to(self._driver.offer)
+        await self._driver.listen("map", subjects.map_event)
         self._closed = ""
         self._task = self._loop.create_task(self._run())
 
@@ -117,6 +121,12 @@ class Client:
             self._task.cancel()
             await asyncio.wait([self._task], timeout=1.0)
         await self._bus.close()
+
+    def _on_restored(self) -> None:
+        """The connection is back: what was announced meanwhile is lost."""
+        if not self._closed:
+            self._session.fetch_routes(self._clock.now_ns())
+            self._driver.wake()
 
     async def _run(self) -> None:
         """Run the session; whatever ends it, nobody is left waiting."""
@@ -196,7 +206,9 @@ class Client:
         }  # fmt: skip
         reply = await self.call(verb, {n: value for n, value in body.items() if value is not None})
         version = reply["version"] and tuple(reply["version"])
-        return Receipt(reply["shard"], version, reply["found"], reply["consistency"])
+        return Receipt(
+            reply["shard"], version, reply["found"], reply["consistency"], self._fates
+        )  # fmt: skip
 
     def _submit(
         self, kind: int, key: bytes, value: bytes | None, keyspace: str, consistency: str | None,
@@ -363,10 +375,20 @@ class Client:
 
     async def call(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
         """Send a verb to any node and return its reply as it stands on the wire. Raises the failure it carries."""
+        return await self._ask(self._session.call, verb, fields)
+
+    async def admin(self, verb: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Ask the active coordinator, and return its reply when the change is in effect.
+
+        Raises the failure it carries, NoCoordinator when there is none, OutcomeUnknown when none has answered in time.
+        """
+        return await self._ask(self._session.administer, verb, fields)
+
+    async def _ask(self, ask: Callable[..., None], *what: Any) -> dict[str, Any]:
         if self._closed:
             raise ShardUnavailable(self._closed)
         future: asyncio.Future[dict[str, Any]] = self._loop.create_future()
-        self._session.call(verb, fields, future, self._clock.now_ns())
+        ask(*what, future, self._clock.now_ns())
         self._driver.wake()
         return await future
 

@@ -95,6 +95,8 @@ class Operation(Fate):
     ttl_ms: int | None = None
     attempts: int = 0
     unanswered: bool = False
+    at_primary: bool = False
+    """A get at ONE that no other replica could answer."""
 
     @property
     def is_read(self) -> bool:
@@ -107,6 +109,8 @@ class Lane:
     reads: bool
     consistency: str
     keyspace: str
+    anywhere: bool = False
+    """Any replica may answer."""
     waiting: Columns = field(default_factory=Columns)
     again: list[Operation] = field(default_factory=list)
     in_flight: int = 0

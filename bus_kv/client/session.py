@@ -5,20 +5,23 @@ and kind (reads never wait for writes). A turn sends what its lanes hold, so ope
 travel together and a lone one leaves at once. While messages of a lane are in flight, the next leaves when it is worth
 it (`client_fill_operations`) and the window allows. A message that fails or stays unanswered puts its
 operations back, numbers kept: the shard recognizes a repeat, so an operation takes effect once, however often sent.
+Gets at ONE go to any replica first, and to the primary when that one has no answer.
+
+The routes follow the changes that coordinators announce. Where these cannot be heard, answers tell that there are newer
+ones, or that the own ones are wrong; then the map is read.
 """
 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from bus_kv.client.calls import PAUSE_NS_MAX, WRITING_VERBS, Call, Calls, patience_ns, pause_ns
 from bus_kv.client.lane import Columns, Lane, Operation, Sent, columns_of, operations_of
-from bus_kv.client.results import Entry, Receipt
-from bus_kv.core.fate import Fate
-from bus_kv.core.machine import Ready, Request, Responded
+from bus_kv.client.results import Entry, Fates, ReadState, Receipt
+from bus_kv.core.machine import Ready, Received, Request, Responded
 from bus_kv.errors import (
     BusKVError,
     KeyspaceUnknown,
@@ -31,8 +34,8 @@ from bus_kv.errors import (
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import BatchReply, decode_batch_reply
-from bus_kv.protocol.codec import decode_cbor, encode_cbor
-from bus_kv.protocol.routes import Routes, routes_from_public
+from bus_kv.protocol.codec import decode_body, decode_cbor, encode_cbor
+from bus_kv.protocol.routes import Routes, routes_after, routes_from_public
 from bus_kv.protocol.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -46,29 +49,8 @@ if TYPE_CHECKING:
     Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
     Done: TypeAlias = Callable[[Sequence[Any], Sequence[Outcome]], None]
 
-SLOW_VERBS = ("history", "scan", "sql")
-WRITING_VERBS = ("put", "delete", "batch")
 _by_number = attrgetter("number")
 _IS_FOUND = bytes(o in (b.REPLACED, b.DELETED, b.FOUND) for o in range(256))
-_PAUSE_NS = 30 * MILLISECOND_NS
-_PAUSE_NS_MAX = 500 * MILLISECOND_NS
-
-
-@dataclass
-class _Call(Fate):
-    """A request to any node: a verb that is not coalesced."""
-
-    verb: str
-    body: bytes
-    token: Any
-    deadline_ns: int
-    attempt_ns: int
-    give_up_ns: int = 0
-    attempts: int = 0
-
-    @property
-    def is_read(self) -> bool:
-        return self.verb not in WRITING_VERBS
 
 
 class Session:
@@ -79,6 +61,8 @@ class Session:
     ):
         self.client = client
         self.routes: Routes | None = None
+        self.fates: Fates | None = None
+        """Whom receipts ask what became of their write."""
         self._subjects, self._knobs, self._done = subjects, knobs, done
         self._sizes = Sizes(max_payload_bytes)
         self._timeout_ns = int(knobs.client_timeout_s * SECOND_NS)
@@ -87,16 +71,14 @@ class Session:
         self._pending = 0
         self._told = 0
         """Outcomes since the last Ready."""
-        self._lanes: dict[tuple[str, bool, str], Lane] = {}
+        self._lanes: dict[tuple[str, bool, str, bool], Lane] = {}
         self._near: dict[tuple[bool, str, str | None], tuple[bytes, bytes | None, Lane]] = {}
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
         self._dirty: list[Lane] = []
         self._sent: dict[int, Sent] = {}
-        self._calls: dict[int, _Call] = {}
-        self._queries: dict[int, _Call] = {}
-        """Calls that may take longer than others."""
+        self._calls = Calls(self._request, self._finish)
         self._unrouted: list[Operation] = []
-        self._paused: list[tuple[int, int, Operation | _Call]] = []
+        self._paused: list[tuple[int, int, Operation]] = []
         self._fetch: int | None = None
         self._fetch_ns = 0
         self._fetch_cached = False
@@ -166,29 +148,29 @@ class Session:
 
     def call(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
         """Ask any node. What may be sent again is, under one request_id, until it is answered or its time is over."""
-        if self._pending >= self._knobs.client_pending_operations_max:
-            return self._done((token,), (_too_many(),))
         if verb in WRITING_VERBS and "request_id" not in fields:
             self._number += 1
             fields = {**fields, "request_id": f"{self.client}:{self._number}"}
-        body = encode_cbor(fields)
-        if len(body) > self._sizes.message:
-            refusal = ValueTooLarge(f"a request has at most {self._sizes.message} bytes; send less")
-            return self._done((token,), (refusal,))
-        self._pending += 1
-        attempt_ns, timeout_ns = self._patience_ns(verb)
-        return self._send_call(_Call(verb, body, token, now_ns + timeout_ns, attempt_ns), now_ns)
+        attempt_ns, timeout_ns = patience_ns(verb, self._knobs)
+        subject, body = self._subjects.verb(verb), encode_cbor(fields)
+        call = Call(verb, subject, body, token, now_ns + timeout_ns, attempt_ns)
+        return self._begin_call(call, now_ns)
 
-    def _patience_ns(self, verb: str) -> tuple[int, int]:
-        """How long an attempt, and all of them, may take. Asking again what takes its time only adds to the work."""
-        knobs = self._knobs
-        if verb == "sql":
-            query_ns = (knobs.sql_timeout_ms + 3000) * MILLISECOND_NS
-            return query_ns, query_ns
-        if verb in SLOW_VERBS:
-            page_ns = (knobs.page_within_ms + 500) * MILLISECOND_NS
-            return page_ns, max(self._timeout_ns, 2 * page_ns)
-        return knobs.client_attempt_ms * MILLISECOND_NS, self._timeout_ns
+    def administer(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
+        """Ask the active coordinator, once: asking again could do it twice."""
+        timeout_ns = int(self._knobs.admin_timeout_s * SECOND_NS)
+        subject, body = self._subjects.admin(verb), encode_cbor(fields)
+        call = Call(verb, subject, body, token, now_ns + timeout_ns, timeout_ns, once=True)
+        return self._begin_call(call, now_ns)
+
+    def _begin_call(self, call: Call, now_ns: int) -> None:
+        if self._pending >= self._knobs.client_pending_operations_max:
+            return self._done((call.token,), (_too_many(),))
+        if len(call.body) > self._sizes.message:
+            refusal = ValueTooLarge(f"a request has at most {self._sizes.message} bytes; send less")
+            return self._done((call.token,), (refusal,))
+        self._pending += 1
+        return self._calls.send(call, now_ns)
 
     def fetch_routes(self, now_ns: int) -> None:
         """Read the shard map, unless that is under way."""
@@ -205,28 +187,29 @@ class Session:
         waiting = [(o, False) for lane in self._lanes.values() for o in self._all_waiting(lane)]
         paused = [(item, False) for _, _, item in self._paused]
         unrouted = [(o, False) for o in self._unrouted]
-        calls = [(call, True) for call in (*self._calls.values(), *self._queries.values())]
-        for item, is_sent in (*sent, *waiting, *paused, *unrouted, *calls):
+        calls = self._calls.take_all()
+        items: list[tuple[Operation | Call, bool]] = [
+            *sent, *waiting, *paused, *unrouted, *calls,
+        ]  # fmt: skip
+        for item, is_sent in items:
             if is_sent:
                 item.abandon()
             self._finish(item.token, item.verdict(ShardUnavailable(reason)))
         self._sent, self._lanes, self._paused, self._unrouted = {}, {}, [], []
-        self._calls, self._queries = {}, {}
         self._near.clear()
 
     # ---- the machine ----
 
     def step(self, event: Event, now_ns: int) -> None:
-        assert isinstance(event, Responded), "a client's only events are answers"
+        if isinstance(event, Received):
+            return self._on_change(event.body, now_ns)
+        assert isinstance(event, Responded), "a client's events are answers and changes of the map"
         correlation = event.correlation
         if correlation in self._sent:
-            self._on_reply(self._sent.pop(correlation), event.body, now_ns)
-        elif correlation in self._calls:
-            self._on_call_reply(self._calls.pop(correlation), event.body, now_ns)
-        elif correlation in self._queries:
-            self._on_call_reply(self._queries.pop(correlation), event.body, now_ns)
-        elif correlation == self._fetch:
-            self._on_routes(event.body, now_ns)
+            return self._on_reply(self._sent.pop(correlation), event.body, now_ns)
+        if correlation == self._fetch:
+            return self._on_routes(event.body, now_ns)
+        return self._calls.on_response(correlation, event.body, now_ns)
 
     def take_ready(self, now_ns: int) -> Ready:
         self._told = 0
@@ -245,10 +228,9 @@ class Session:
 
     def next_deadline_ns(self) -> int | None:
         candidates = [self._paused[0][0]] if self._paused else []
-        if self._sent:
-            candidates.append(next(iter(self._sent.values())).give_up_ns)
-        for calls in (self._calls, self._queries):
-            candidates += [call.give_up_ns for call in islice(calls.values(), 1)]
+        candidates += [sent.give_up_ns for sent in self._sent.values()]
+        calls_ns = self._calls.next_ns()
+        candidates += [] if calls_ns is None else [calls_ns]
         if self._fetch is not None:
             candidates.append(self._fetch_ns)
         working = [lane for lane in self._lanes.values() if lane.has_work]
@@ -261,21 +243,11 @@ class Session:
             self._fetch = None
             self._fetch_cached = True
             self.fetch_routes(now_ns)
-        while self._sent:
-            correlation, sent = next(iter(self._sent.items()))
-            if sent.give_up_ns > now_ns:
-                break
-            del self._sent[correlation]
-            self._on_silence(sent, now_ns)
-        for calls in (self._calls, self._queries):
-            while calls and next(iter(calls.values())).give_up_ns <= now_ns:
-                self._on_call_silence(calls.pop(next(iter(calls))), now_ns)
+        for correlation in [c for c, sent in self._sent.items() if sent.give_up_ns <= now_ns]:
+            self._on_silence(self._sent.pop(correlation), now_ns)
+        self._calls.on_deadline(now_ns)
         while self._paused and self._paused[0][0] <= now_ns:
-            item = heapq.heappop(self._paused)[2]
-            if isinstance(item, _Call):
-                self._send_call(item, now_ns)
-            else:
-                self._route(item, now_ns)
+            self._route(heapq.heappop(self._paused)[2], now_ns)
         self._unrouted = self._drop_late(self._unrouted, now_ns)
         for lane in self._lanes.values():
             if lane.has_work and lane.next_deadline_ns <= now_ns:
@@ -300,12 +272,16 @@ class Session:
             self._near[reads, keyspace, consistency] = (route.start, route.end, lane)
         return lane
 
-    def _lane(self, route: Route, reads: bool, keyspace: str, consistency: str | None) -> Lane:
+    def _lane(
+        self, route: Route, reads: bool, keyspace: str, consistency: str | None,
+        at_primary: bool = False,
+    ) -> Lane:  # fmt: skip
         assert self.routes is not None
         level = consistency or self.routes.keyspaces[keyspace].consistency
-        id = (route.shard, reads, level)
+        anywhere = reads and level == "one" and not at_primary
+        id = (route.shard, reads, level, anywhere)
         if id not in self._lanes:
-            self._lanes[id] = Lane(*id, keyspace)
+            self._lanes[id] = Lane(route.shard, reads, level, keyspace, anywhere)
         return self._lanes[id]
 
     def _route(self, operation: Operation, now_ns: int) -> None:
@@ -316,11 +292,14 @@ class Session:
         route = None if keyspace is None else self.routes.find(operation.keyspace, operation.key)
         if keyspace is None or route is None:
             return self._no_route(operation, keyspace is None, now_ns)
-        if not route.active:
+        lane = self._lane(
+            route, operation.is_read, operation.keyspace, operation.consistency,
+            operation.at_primary,
+        )  # fmt: skip
+        if not (route.active or lane.anywhere):
             return self._again(
                 operation, ShardUnavailable(f"shard {route.shard} is recovering"), now_ns
             )
-        lane = self._lane(route, operation.is_read, operation.keyspace, operation.consistency)
         lane.again.append(operation)
         return self._dirty.append(lane)
 
@@ -372,10 +351,14 @@ class Session:
     ) -> None:  # fmt: skip
         assert self.routes is not None
         route = self.routes.by_id.get(lane.shard)
-        batch = columns.batch(self.client, numbers, lane.consistency)
-        body = encode_cbor({"epoch": route.epoch if route else 0, "batch": batch.encode()})
-        correlation = self._request(self._subjects.shard_request(lane.shard), body)
-        give_up_ns = now_ns + self._knobs.client_attempt_ms * MILLISECOND_NS
+        fields: dict[str, Any] = {"epoch": route.epoch if route else 0}
+        subject, attempt_ms = self._subjects.shard_request, self._knobs.client_attempt_ms
+        if lane.anywhere:
+            fields = {}
+            subject, attempt_ms = self._subjects.shard_read, self._knobs.suspect_after_ms
+        fields["batch"] = columns.batch(self.client, numbers, lane.consistency).encode()
+        correlation = self._request(subject(lane.shard), encode_cbor(fields))
+        give_up_ns = now_ns + attempt_ms * MILLISECOND_NS
         self._sent[correlation] = Sent(lane, columns, numbers, give_up_ns, again)
         lane.in_flight += 1
 
@@ -390,14 +373,17 @@ class Session:
         self._leave(sent.lane)
         if body is None:
             failure = ShardUnavailable(f"nobody serves shard {sent.lane.shard}")
-            return self._all_again(sent.operations(), failure, now_ns)
+            return self._all_again(sent, failure, now_ns)
         fields = decode_cbor(body)
         if "batch" not in fields:
-            return self._all_again(sent.operations(), from_body(fields), now_ns)
+            return self._all_again(sent, from_body(fields), now_ns)
+        assert self.routes is not None
+        if fields.get("map_version", 0) > self.routes.map_version:
+            self.fetch_routes(now_ns)
         reply = decode_batch_reply(fields["batch"])
         if reply.failures or b.UNANSWERED in reply.outcomes:
             return self._on_mixed_reply(sent, reply, now_ns)
-        return self._tell(sent.columns.tokens, _results(sent, reply))
+        return self._tell(sent.columns.tokens, self._results(sent, reply))
 
     def _leave(self, lane: Lane) -> None:
         lane.in_flight -= 1
@@ -406,7 +392,7 @@ class Session:
 
     def _on_mixed_reply(self, sent: Sent, reply: BatchReply, now_ns: int) -> None:
         """Some operations have their result; the others failed, or found the reply full."""
-        results, settled = _results(sent, reply), []
+        results, settled = self._results(sent, reply), []
         for i, operation in enumerate(sent.operations()):
             if i in reply.failures:
                 self._again(operation, from_body(reply.failures[i]), now_ns)
@@ -426,22 +412,27 @@ class Session:
         for operation in sent.operations():
             operation.abandon()
         failure = ShardUnavailable(f"shard {sent.lane.shard} does not answer")
-        self._all_again(sent.operations(), failure, now_ns)
+        self._all_again(sent, failure, now_ns)
 
-    def _all_again(self, operations: list[Operation], failure: BusKVError, now_ns: int) -> None:
-        for operation in operations:
-            self._again(operation, failure, now_ns)
+    def _all_again(self, sent: Sent, failure: BusKVError, now_ns: int) -> None:
+        for operation in sent.operations():
+            if sent.lane.anywhere and failure.refreshes_map:
+                operation.at_primary = True
+                self._route(operation, now_ns)
+            else:
+                self._again(operation, failure, now_ns)
 
     def _again(self, operation: Operation, failure: BusKVError, now_ns: int) -> None:
         """Send an operation again after a pause if its failure allows and its time is not over."""
         operation.attempts += 1
+        operation.at_primary = False
         operation.note(failure)
-        pause_ns = _pause_ns(operation.attempts)
-        if not failure.retriable or now_ns + pause_ns >= operation.deadline_ns:
+        at_ns = now_ns + pause_ns(operation.attempts)
+        if not failure.retriable or at_ns >= operation.deadline_ns:
             return self._finish(operation.token, operation.verdict(failure))
         if failure.refreshes_map:
             self.fetch_routes(now_ns)
-        heapq.heappush(self._paused, (now_ns + pause_ns, self._next_order(), operation))
+        heapq.heappush(self._paused, (at_ns, self._next_order(), operation))
         return None
 
     def _next_order(self) -> int:
@@ -468,37 +459,7 @@ class Session:
         self._pending -= 1
         self._done((token,), (outcome,))
 
-    # ---- calls and the map ----
-
-    def _send_call(self, call: _Call, now_ns: int) -> None:
-        call.give_up_ns = now_ns + call.attempt_ns
-        sent = self._queries if call.verb in SLOW_VERBS else self._calls
-        sent[self._request(self._subjects.verb(call.verb), call.body)] = call
-
-    def _on_call_silence(self, call: _Call, now_ns: int) -> None:
-        call.abandon()
-        self._call_again(call, ShardUnavailable("no node has answered in time"), now_ns)
-
-    def _on_call_reply(self, call: _Call, body: bytes | None, now_ns: int) -> None:
-        if body is None:
-            return self._call_again(
-                call, ShardUnavailable("no node of the cluster answers"), now_ns
-            )
-        fields = decode_cbor(body)
-        if "code" in fields:
-            return self._call_again(call, from_body(fields), now_ns)
-        if "results" in fields:
-            fields["results"] = [_judged(call, result) for result in fields["results"]]
-        return self._finish(call.token, fields)
-
-    def _call_again(self, call: _Call, failure: BusKVError, now_ns: int) -> None:
-        call.attempts += 1
-        call.note(failure)
-        pause_ns = _pause_ns(call.attempts)
-        if not failure.retriable or now_ns + pause_ns >= call.deadline_ns:
-            return self._finish(call.token, call.verdict(failure))
-        heapq.heappush(self._paused, (now_ns + pause_ns, self._next_order(), call))
-        return None
+    # ---- the map ----
 
     def _on_routes(self, body: bytes | None, now_ns: int) -> None:
         self._fetch = None
@@ -506,39 +467,49 @@ class Session:
         if fields is None or "code" in fields:
             self._fetch_cached = fields is not None
             self._fetch = -1
-            self._fetch_ns = now_ns + _PAUSE_NS_MAX // 2
+            self._fetch_ns = now_ns + PAUSE_NS_MAX // 2
             return
         routes = routes_from_public(fields)
         if self.routes is None or routes.map_version >= self.routes.map_version:
-            self.routes = routes
-            self._near.clear()
+            self._take_routes(routes)
         self._fetch_cached = False
         waiting, self._unrouted = self._unrouted, []
         for operation in waiting:
             self._route(operation, now_ns)
 
+    def _on_change(self, body: bytes, now_ns: int) -> None:
+        """The map has changed: follow it, or read it when earlier changes were missed."""
+        if self.routes is None:
+            return
+        try:
+            change = decode_body(body)[1]
+            if change["map_version"] <= self.routes.map_version:
+                return
+            routes = routes_after(self.routes, change)
+        except (BusKVError, KeyError, TypeError, ValueError, AttributeError):
+            routes = None
+        if routes is None:
+            self.fetch_routes(now_ns)
+        else:
+            self._take_routes(routes)
 
-def _results(sent: Sent, reply: BatchReply) -> list[Any]:
-    """An Entry or a Receipt for every operation, made column by column."""
-    lane, columns, versions = sent.lane, sent.columns, reply.versions()
-    if not lane.reads:
-        found = map(bool, reply.outcomes.translate(_IS_FOUND))
-        return [*map(Receipt, repeat(lane.shard), versions, found, repeat(lane.consistency))]
-    values = reply.values or [None] * len(columns)
-    if not reply.expires_at:
-        return [*map(Entry, columns.keys, values, versions)]
-    lifetimes = map(reply.expires_at.get, range(len(columns)))
-    return [*map(Entry, columns.keys, values, versions, lifetimes)]
+    def _take_routes(self, routes: Routes) -> None:
+        self.routes = routes
+        self._near.clear()
 
-
-def _judged(call: _Call, result: dict[str, Any]) -> dict[str, Any]:
-    """One result of a batch: after an attempt without an answer its failure may not be the whole truth."""
-    return call.verdict(from_body(result)).to_body() if "code" in result else result
-
-
-def _pause_ns(attempts: int) -> int:
-    """How long to wait before the next attempt: longer each time."""
-    return min(_PAUSE_NS << min(attempts, 8), _PAUSE_NS_MAX)
+    def _results(self, sent: Sent, reply: BatchReply) -> list[Any]:
+        """An Entry or a Receipt for every operation, made column by column."""
+        lane, columns, versions = sent.lane, sent.columns, reply.versions()
+        if not lane.reads:
+            found = map(bool, reply.outcomes.translate(_IS_FOUND))
+            level, fates = repeat(lane.consistency), repeat(self.fates)
+            return [*map(Receipt, repeat(lane.shard), versions, found, level, fates)]
+        values = reply.values or [None] * len(columns)
+        if not reply.expires_at and reply.read is None:
+            return [*map(Entry, columns.keys, values, versions)]
+        lifetimes = map(reply.expires_at.get, range(len(columns)))
+        read = None if reply.read is None else ReadState(*reply.read)
+        return [*map(Entry, columns.keys, values, versions, lifetimes, repeat(read))]
 
 
 def _too_many() -> Overloaded:

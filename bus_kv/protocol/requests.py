@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv import knobs
-from bus_kv.errors import KeyspaceUnknown, KeyTooLarge, MalformedRequest, UnknownVerb
+from bus_kv.errors import (
+    KeyspaceUnknown,
+    KeyTooLarge,
+    MalformedRequest,
+    ShardUnknown,
+    UnknownVerb,
+)  # fmt: skip
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
 from bus_kv.subjects import is_id
@@ -75,6 +81,20 @@ class HistoryRequest:
 
 
 @dataclass(slots=True)
+class ReceiptRequest:
+    """What became of the write with this version: see `Replica.fate`."""
+
+    keyspace: str
+    shard: str
+    version: b.Version
+    consistency: str | None = None
+    verb: str = field(default="receipt", init=False)
+
+    def to_wire(self) -> list[int]:
+        return [*self.version]
+
+
+@dataclass(slots=True)
 class SqlRequest:
     query: str
     verb: str = field(default="sql", init=False)
@@ -91,11 +111,13 @@ class InfoRequest:
 
 PageRequest: TypeAlias = ScanRequest | HistoryRequest
 """What one shard answers a page at a time."""
-Request: TypeAlias = DataRequest | PageRequest | SqlRequest | InfoRequest
+ShardRequest: TypeAlias = PageRequest | ReceiptRequest
+"""What goes to one shard as it is."""
+Request: TypeAlias = DataRequest | ShardRequest | SqlRequest | InfoRequest
 
 
 def parse_request(verb: str, body: dict[str, Any], sizes: Sizes) -> Request:
-    """Raises UnknownVerb, MalformedRequest, KeyTooLarge, ValueTooLarge."""
+    """Raises UnknownVerb, MalformedRequest, KeyTooLarge, ValueTooLarge, KeyspaceUnknown, ShardUnknown."""
     parse = _PARSERS.get(verb)
     if parse is None:
         raise UnknownVerb(f"there is no verb {verb!r}; there are {', '.join(VERBS)}")
@@ -336,6 +358,27 @@ def parse_shard_history(body: Any) -> HistoryRequest:
     return request
 
 
+def _receipt(verb: str, body: dict[str, Any]) -> ReceiptRequest:
+    fields = _Fields(body, verb)
+    keyspace, consistency, _ = _common(fields)
+    shard = fields.take("shard", str)
+    version = fields.take("version", list)
+    fields.finish()
+    if not shard:
+        raise MalformedRequest("receipt needs a shard")
+    if version is None:
+        raise MalformedRequest("receipt needs a version, [epoch, seq]")
+    if not is_id(shard):
+        raise ShardUnknown(f"there is no shard {shard!r}")
+    # A keyspace at ONE is no reason to take one replica's word for what all of them have.
+    return ReceiptRequest(keyspace, shard, b.as_version(version), consistency or "quorum")
+
+
+def parse_shard_receipt(shard: str, version: Any) -> ReceiptRequest:
+    """The `receipt` field of a shard request."""
+    return ReceiptRequest("default", shard, b.as_version(version))
+
+
 def _sql(verb: str, body: dict[str, Any]) -> SqlRequest:
     fields = _Fields(body, verb)
     _common(fields)
@@ -389,7 +432,7 @@ def _info(verb: str, body: dict[str, Any]) -> InfoRequest:
 
 _PARSERS: dict[str, Callable[[str, dict[str, Any]], Request]] = {
     "get": _single, "put": _single, "delete": _single, "batch": _batch, "scan": _scan,
-    "history": _history, "sql": _sql,
+    "history": _history, "receipt": _receipt, "sql": _sql,
     "health": _info, "stats": _info, "map": _info,
 }  # fmt: skip
 

@@ -25,6 +25,8 @@ class Routes:
     by_id: dict[str, Route]
     ranges: dict[str, tuple[list[bytes], list[Route]]]
     """Keyspace -> starts and routes, in order."""
+    shards: dict[str, dict[str, Any]]
+    """The entries of the map that they were read from, by id."""
 
     def find(self, keyspace: str, key: bytes) -> Route | None:
         starts, routes = self.ranges.get(keyspace, ([], []))
@@ -50,4 +52,18 @@ def routes_from_public(map: dict[str, Any]) -> Routes:
         starts.append(route.start)
         routes.append(route)
     keyspaces = {name: Keyspace(**fields) for name, fields in map["keyspaces"].items()}
-    return Routes(map["map_version"], keyspaces, by_id, ranges)
+    shards = {shard["id"]: shard for shard in map["shards"]}
+    return Routes(map["map_version"], keyspaces, by_id, ranges, shards)
+
+
+def routes_after(routes: Routes, delta: dict[str, Any]) -> Routes | None:
+    """The routes after a change that was announced (`event.map`); None when it does not follow these.
+
+    Raises KeyError, TypeError or ValueError when it is no delta.
+    """
+    if delta["previous"] != routes.map_version:
+        return None
+    shards = {id: shard for id, shard in routes.shards.items() if id not in delta["removed"]}
+    shards |= {shard["id"]: shard for shard in delta["shards"]}
+    in_order = sorted(shards.values(), key=lambda shard: shard["start"])
+    return routes_from_public({**delta, "shards": in_order})

@@ -4,6 +4,7 @@ failover    {"shard"}                                  another member becomes pr
 transfer    {"shard", "to"}                            this member becomes primary
 config      {"keyspace", "consistency"?, "replication_factor"?}   the keyspace's settings, as they are then
 restore     {}                                         the newest map that any node remembers becomes the map (R10)
+check       {}                                         the map's version, and whether nodes remember a newer one
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bus_kv.errors import (
     KeyspaceUnknown,
     MalformedRequest,
     NodeUnknown,
+    OutcomeUnknown,
     Overloaded,
     ShardUnavailable,
     ShardUnknown,
@@ -41,6 +43,7 @@ LEVELS = ("one", "quorum", "all")
 _FIELDS = {
     "failover": {"shard"}, "transfer": {"shard", "to"},
     "config": {"keyspace", "consistency", "replication_factor"}, "restore": set(),
+    "check": set(),
 }  # fmt: skip
 
 
@@ -50,7 +53,7 @@ class _Pending:
     look: Look
     answer: Callable[[Result], None]
     verb: str
-    shard: str
+    fields: dict[str, Any]
 
 
 class Admin:
@@ -69,8 +72,8 @@ class Admin:
             return answer(error)
         if len(self._pending) >= PENDING_MAX:
             return answer(Overloaded("too many administration requests under way"))
-        shard = decode_body(body)[1].get("shard", "")
-        self._pending.append(_Pending(now_ns + WAIT_NS, look, answer, verb, shard))
+        fields = decode_body(body)[1]
+        self._pending.append(_Pending(now_ns + WAIT_NS, look, answer, verb, fields))
         return None
 
     def _begin(self, verb: str, body: bytes, map: ShardMap | None) -> Look:
@@ -84,7 +87,7 @@ class Admin:
             raise ShardUnavailable("the map is not read yet; send it again in a moment")
         begin = {
             "failover": self._failover, "transfer": self._transfer, "config": self._config,
-            "restore": self._restore,
+            "restore": self._restore, "check": self._check,
         }  # fmt: skip
         return begin[verb](fields, map)
 
@@ -133,6 +136,13 @@ class Admin:
             {"map_version": new.map_version} if not self._heard.is_behind(new) else None
         )
 
+    def _check(self, fields: dict[str, Any], map: ShardMap) -> Look:
+        del fields, map
+        return lambda map: {
+            "map_version": map.map_version,
+            "is_behind": self._heard.is_behind(map),
+        }
+
     def look(self, map: ShardMap, now_ns: int) -> None:
         """Answer what has come into effect, and what has taken too long."""
         pending, self._pending = self._pending, []
@@ -142,15 +152,22 @@ class Admin:
                 item.answer(done)
             elif item.deadline_ns <= now_ns:
                 self._give_up(item)
-                item.answer(ShardUnavailable("it could not be done in time; see `bus-kv status`"))
+                late = "it is not in effect in time, and may come to be; see `bus-kv status`"
+                item.answer(OutcomeUnknown(late))
             else:
                 self._pending.append(item)
 
     def _give_up(self, item: _Pending) -> None:
+        """Want it no longer; a change of the map that is under way is not undone."""
+        heard, fields = self._heard, item.fields
         if item.verb == "failover":
-            self._heard.failovers.discard(item.shard)
+            heard.failovers.discard(fields["shard"])
         elif item.verb == "transfer":
-            self._heard.transfers.pop(item.shard, None)
+            heard.transfers.pop(fields["shard"], None)
+        elif item.verb == "config":
+            heard.settings.pop(fields.get("keyspace", "default"), None)
+        elif item.verb == "restore":
+            heard.restoring = False
 
     def next_ns(self) -> int | None:
         return self._pending[0].deadline_ns if self._pending else None

@@ -3,6 +3,7 @@
 A call is one request of a client. Its operations are grouped by shard into parts; each part goes to that shard's
 primary, to the own replica directly when that is here. A part that meets an old map or a silent primary is routed
 again, under the same identity, until the call's time is over; then the answer says whether it may have been applied.
+Gets at ONE go to the own replica or to any other, and to the primary when that one has no answer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bus_kv.errors import (
     NoShard,
     Overloaded,
     ShardUnavailable,
+    ShardUnknown,
     ValueTooLarge,
     from_body,
 )  # fmt: skip
@@ -31,12 +33,14 @@ from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.requests import (
     DataRequest,
     HistoryRequest,
-    PageRequest,
+    ReceiptRequest,
     ScanRequest,
+    ShardRequest,
     make_cursor,
     result_of,
 )
 from bus_kv.protocol.shard_map import ShardState
+from nodes.machine.receipts import answer_receipt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
 class Call:
     """One client request on its way; `answer` gets its result or its failure, once."""
 
-    request: DataRequest | PageRequest
+    request: DataRequest | ShardRequest
     deadline_ns: int
     answer: Callable[[dict[str, Any] | BusKVError], None]
     results: list[dict[str, Any] | None] = field(default_factory=list)
@@ -70,7 +74,11 @@ class _Part(Fate):
     keyspace: str
     positions: list[int]
     batch: Batch | None
+    anywhere: bool = False
+    """Any replica may answer: gets at ONE, until one of them could not."""
     shard: str = ""
+    node: str = ""
+    """Who is asked, as far as that is known."""
     suspected: bool = False
     waits: bool = True
     """Not under way: it is sent when the map changes, or after a pause."""
@@ -80,8 +88,19 @@ class _Part(Fate):
 
     @property
     def deadline_ns(self) -> int:
-        under_way = self.batch is None and not self.waits
+        may_take_long = not isinstance(self.call.request, DataRequest | ReceiptRequest)
+        under_way = may_take_long and not self.waits
         return self.page_until_ns if under_way else self.call.deadline_ns
+
+    @property
+    def reads_at_one(self) -> bool:
+        """A call of gets alone: those among writes may have to see them."""
+        request = self.call.request
+        return (
+            isinstance(request, DataRequest)
+            and request.consistency == "one"
+            and request.batch.kinds.count(b.GET) == len(request.batch)
+        )
 
     @property
     def is_read(self) -> bool:
@@ -101,7 +120,7 @@ class Gateway:
         self._wakes: list[tuple[int, int]] = []
 
     def start(
-        self, request: DataRequest | PageRequest, now_ns: int,
+        self, request: DataRequest | ShardRequest, now_ns: int,
         answer: Callable[[dict[str, Any] | BusKVError], None],
     ) -> None:  # fmt: skip
         """Take on a request. `answer` is called once, within `answer_within_ms`."""
@@ -154,6 +173,8 @@ class Gateway:
             for piece in pieces:
                 own, positions = positions[: len(piece)], positions[len(piece) :]
                 parts.append(_Part(call, request.keyspace, own, piece))
+        for part in parts:
+            part.anywhere = part.reads_at_one
         call.missing = len(parts) + bool(outside)
         if outside:
             self._finish_part(call, outside, [_no_shard().to_body()] * len(outside))
@@ -190,7 +211,9 @@ class Gateway:
             shard = self._node.map.shard_of(part.keyspace, part.batch.keys[0])
             if shard is None:
                 return self._fail_part(part, part.verdict(_no_shard()))
-        part.shard = shard.id
+        part.shard, part.node = shard.id, shard.primary
+        if part.anywhere:
+            return self._send_anywhere(part, now_ns)
         if shard.state is not ShardState.ACTIVE:
             part.failure = ShardUnavailable(f"shard {shard.id} is {shard.state}; send it again")
             return self._pause(part, now_ns)
@@ -202,11 +225,13 @@ class Gateway:
         for indexes in groups.values():
             own = [part.positions[i] for i in indexes]
             piece = _Part(part.call, part.keyspace, own, part.batch.select(indexes))
-            piece.unanswered = part.unanswered
+            piece.unanswered, piece.anywhere = part.unanswered, part.anywhere
             self._route(piece, now_ns)
 
-    def _page_shard(self, request: DataRequest | PageRequest) -> Shard | None:
+    def _page_shard(self, request: DataRequest | ShardRequest) -> Shard | None:
         """The shard where a page begins; where no shard is, the next one in the scan's direction."""
+        if isinstance(request, ReceiptRequest):
+            return self._node.map.shards.get(request.shard)
         if isinstance(request, HistoryRequest):
             return self._node.map.shard_of(request.keyspace, request.key)
         assert isinstance(request, ScanRequest)
@@ -220,6 +245,9 @@ class Gateway:
     def _on_no_shard(self, part: _Part) -> None:
         """A scan has come to its end; a key's history is nowhere."""
         request = part.call.request
+        if isinstance(request, ReceiptRequest):
+            unknown = f"there is no shard {request.shard!r}; see `bus-kv shards list`"
+            return self._fail_part(part, ShardUnknown(unknown))
         if not isinstance(request, ScanRequest):
             return self._fail_part(part, _no_shard())
         empty: dict[str, Any] = {"items": []}
@@ -240,19 +268,39 @@ class Gateway:
         request = part.call.request
         if here:
             assert not isinstance(request, DataRequest)
-            answered = partial(self._on_page, part)
-            return self._node.page(shard.id, request, shard.epoch, part.deadline_ns, answered)
+            answered, deadline_ns = partial(self._on_page, part), part.deadline_ns
+            if isinstance(request, ReceiptRequest):
+                return answer_receipt(self._node, request, shard.epoch, deadline_ns, answered)
+            return self._node.page(shard.id, request, shard.epoch, deadline_ns, answered)
         body: dict[str, Any] = {"epoch": shard.epoch}
         if part.batch is not None:
             body["batch"] = part.batch.encode()
         else:
             assert not isinstance(request, DataRequest)
-            form = "history" if isinstance(request, HistoryRequest) else "scan"
+            form = "scan" if isinstance(request, ScanRequest) else request.verb
             body |= {form: request.to_wire(), "consistency": request.consistency}
-        correlation = self._node.request_shard(shard.id, encode_cbor(body))
+        return self._ask(part, self._node.request_shard(shard.id, encode_cbor(body)), now_ns)
+
+    def _send_anywhere(self, part: _Part, now_ns: int) -> None:
+        """Have gets answered by the own replica, or by any other."""
+        assert part.batch is not None
+        part.waits = False
+        node, raw = self._node, part.batch.encode()
+        if node.reading(part.shard) is not None:
+            part.node = node.config.id
+            deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
+            return node.submit(part.shard, part.batch, raw, None, deadline_ns, respond)
+        body = encode_cbor({"batch": raw})
+        return self._ask(part, node.request_shard(part.shard, body, any=True), now_ns)
+
+    def _ask(self, part: _Part, correlation: int, now_ns: int) -> None:
         self._parts[correlation] = part
         self._wake(correlation, now_ns + self._knobs.suspect_after_ms * MILLISECOND_NS, part)
-        return None
+
+    def _at_primary(self, part: _Part, now_ns: int) -> None:
+        """No replica has an answer: have the primary give it."""
+        part.anywhere = False
+        self._route(part, now_ns)
 
     def _pause(self, part: _Part, now_ns: int) -> None:
         correlation = self._node.next_correlation()
@@ -270,7 +318,8 @@ class Gateway:
         if part is None:
             return False
         if body is None:
-            self._node.suspect(part.shard, "no responders")
+            if not part.anywhere:
+                self._node.suspect(part.shard, "no responders")
             gone = ShardUnavailable(f"nobody serves shard {part.shard}; send it again")
             self._on_failure(part, gone)
             return True
@@ -281,8 +330,9 @@ class Gateway:
             self._on_failure(part, Internal(f"shard {part.shard} sent an answer that is none"))
             return True
         if reply is not None:
+            part.node = fields.get("node", part.node)
             self._on_reply(part, reply)
-        elif "next" in fields:
+        elif "next" in fields or "state" in fields:
             self._on_page(part, fields)
         else:
             self._on_failure(part, from_body(fields))
@@ -292,11 +342,10 @@ class Gateway:
         if isinstance(reply, BusKVError):
             return self._on_failure(part, reply)
         assert part.batch is not None
-        self._node.silent.pop(part.shard, None)
-        shard = self._node.map.shards.get(part.shard)
-        primary = shard.primary if shard else ""
+        if not part.anywhere:
+            self._node.silent.pop(part.shard, None)
         results = [
-            result_of(part.batch, reply, i, part.shard, primary) for i in range(len(part.batch))
+            result_of(part.batch, reply, i, part.shard, part.node) for i in range(len(part.batch))
         ]
         for i, body in reply.failures.items():
             results[i] = part.verdict(from_body(body)).to_body()
@@ -309,6 +358,8 @@ class Gateway:
         if isinstance(page, BusKVError):
             return self._on_failure(part, page)
         request = part.call.request
+        if isinstance(request, ReceiptRequest):
+            return self._finish_part(part.call, part.positions, [page])
         position = page.pop("next")
         if isinstance(request, HistoryRequest):
             page["cursor"] = None if position is None else f"{position[0]}.{position[1]}"
@@ -345,6 +396,8 @@ class Gateway:
     def _on_failure(self, part: _Part, failure: BusKVError) -> None:
         """Route the part again if that can help and time is left, else tell the client."""
         now_ns = self._node.now_ns
+        if part.anywhere and failure.refreshes_map:
+            return self._at_primary(part, now_ns)
         part.note(failure)
         part.failure = failure
         part.waits = True
@@ -352,6 +405,7 @@ class Gateway:
             return self._fail_part(part, part.verdict(failure))
         if failure.refreshes_map:
             self._node.fetch_map()
+        part.anywhere = part.reads_at_one
         return self._pause(part, now_ns)
 
     def _fail_part(self, part: _Part, failure: BusKVError) -> None:
@@ -400,6 +454,9 @@ class Gateway:
         elif part.waits:
             del self._parts[correlation]
             self._route(part, now_ns)
+        elif part.anywhere:
+            del self._parts[correlation]
+            self._at_primary(part, now_ns)
         else:
             if not part.suspected:
                 part.suspected = True

@@ -347,6 +347,8 @@ class NodeMachine:
         """Subscribe to what the replica's status calls for."""
         shard = replica.shard.id
         wanted = CHANNELS[replica.status] if self._running else ()
+        if "read" in wanted and self.reading(shard) is None:
+            wanted = tuple([channel for channel in wanted if channel != "read"])
         before = self._listening.get(shard, ())
         if wanted != before:
             self._listening[shard] = wanted
@@ -487,14 +489,14 @@ class NodeMachine:
         return ShardUnavailable(f"node {self.config.id} cannot write its log: {self.stalled}")
 
     def _serving_or_raise(self, shard: str, any: bool = False) -> Replica:
-        replica = self.replicas.get(shard)
-        if replica is None or not (any or replica.is_active):
+        replica = self.reading(shard) if any else self.serving(shard)
+        if replica is None:
             raise NotPrimary(f"shard {shard} is not served here; read the map")
         return replica
 
     def overloaded(self, message: Received) -> Publish | None:
         """The answer to a message that found the inbox full."""
-        if not message.reply or message.channel not in ("verb", "shard"):
+        if not message.reply or message.channel not in ("verb", "shard", "read"):
             return None
         error: BusKVError = Overloaded(f"node {self.config.id} has a full inbox; send it again")
         replica = self.replicas.get(message.name) if message.channel == "shard" else None
@@ -510,6 +512,17 @@ class NodeMachine:
         """The own replica of a shard when it is the active primary."""
         replica = self.replicas.get(shard)
         return replica if replica is not None and replica.status is Status.ACTIVE else None
+
+    def reading(self, shard: str) -> Replica | None:
+        """The own replica of a shard when it may answer at ONE: the primary's, or a member's that follows it.
+
+        Not a learner's, which may have nothing yet, nor what a former member still has.
+        """
+        replica = self.replicas.get(shard)
+        if replica is None or replica.status is not Status.FOLLOWING:
+            return self.serving(shard)
+        own = Member(self.config.id, self.config.incarnation)
+        return replica if own in replica.shard.members else None
 
     def fetch_map(self) -> None:
         """Read the whole map from the store soon: a message shows that the own copy is old."""
@@ -648,9 +661,11 @@ class NodeMachine:
         self._effects.append(Request(correlation, subject, body))
         return correlation
 
-    def request_shard(self, shard: str, body: bytes) -> int:
+    def request_shard(self, shard: str, body: bytes, any: bool = False) -> int:
+        """Ask a shard's primary, or `any` of its replicas."""
         correlation = self.next_correlation()
-        subject = self.config.subjects.shard_request(shard)
+        subjects = self.config.subjects
+        subject = subjects.shard_read(shard) if any else subjects.shard_request(shard)
         self._effects.append(Request(correlation, subject, body))
         return correlation
 

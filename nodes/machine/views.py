@@ -8,7 +8,7 @@ from bus_kv.protocol.shard_map import NodeState, ShardState
 
 if TYPE_CHECKING:
     from bus_kv.protocol.messages import Heartbeat, ReplicaReport
-    from bus_kv.protocol.shard_map import Shard
+    from bus_kv.protocol.shard_map import Member, Shard
     from nodes.machine.node import NodeMachine
 
 
@@ -59,7 +59,7 @@ def _stats(node: NodeMachine) -> dict[str, Any]:
     """Totals, and the newest report of every node and of every shard's primary."""
     beats = {id: beat for id, (_, beat) in node.peers.items()} | {node.config.id: node.heartbeat()}
     nodes = [_node_stats(node, id, beats.get(id)) for id in sorted(node.map.nodes)]
-    shards = [_shard_stats(shard, beats) for shard in node.map.shards.values()]
+    shards = [_shard_stats(node, shard, beats) for shard in node.map.shards.values()]
     return {
         "total_nodes": len(nodes),
         "healthy_nodes": sum(n["state"] == "up" for n in nodes),
@@ -92,19 +92,51 @@ def _node_stats(node: NodeMachine, id: str, beat: Heartbeat | None) -> dict[str,
     }
 
 
-def _shard_stats(shard: Shard, beats: dict[str, Heartbeat]) -> dict[str, Any]:
-    beat = beats.get(shard.primary)
-    found: list[ReplicaReport] = [s for s in beat.shards if s.id == shard.id] if beat else []
-    report = found[0] if found else None
+def _shard_stats(node: NodeMachine, shard: Shard, beats: dict[str, Heartbeat]) -> dict[str, Any]:
+    primary = shard.member(shard.primary)
+    report = _report(shard, primary, beats) if primary else None
+    keyspace = node.map.keyspaces.get(shard.keyspace)
+    factor = keyspace.replication_factor if keyspace else len(shard.members)
+    wanted = min(factor, len(node.map.nodes))
     return {
         "id": shard.id,
         "primary": shard.primary,
         "epoch": shard.epoch,
         "state": str(shard.state),
+        "members_wanted": wanted,
+        "under_replicated": len(shard.members) < wanted,
         "keys": report and report.keys,
         "bytes": report and report.bytes,
         "last_seq": report and report.last[1],
         "commit_seq": report and report.commit_seq,
         "folded_seq": report and report.folded,
         "operations": report and report.operations,
+        "replicas": [
+            *(_replica_stats(shard, member, report, beats) for member in shard.members),
+            *(_replica_stats(shard, learner, report, beats) for learner in shard.learners),
+        ],
     }
+
+
+def _replica_stats(
+    shard: Shard, member: Member, primary: ReplicaReport | None, beats: dict[str, Heartbeat]
+) -> dict[str, Any]:
+    """A replica as its node's last heartbeat has it; `lag` in operations behind what the primary's has committed."""
+    report = _report(shard, member, beats)
+    role = "learner" if member in shard.learners else "member"
+    return {
+        "node": member.node,
+        "role": "primary" if member.node == shard.primary else role,
+        "status": report and report.status,
+        "last_seq": report and report.last[1],
+        "commit_seq": report and report.commit_seq,
+        "lag": max(primary.commit_seq - report.last[1], 0) if primary and report else None,
+    }
+
+
+def _report(shard: Shard, member: Member, beats: dict[str, Heartbeat]) -> ReplicaReport | None:
+    """What a member says about its replica, if its disk still is the one that the map means (R8)."""
+    beat = beats.get(member.node)
+    if beat is None or beat.incarnation != member.incarnation:
+        return None
+    return next((report for report in beat.shards if report.id == shard.id), None)

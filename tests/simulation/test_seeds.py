@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bus_kv.client import session
+from bus_kv.client import calls
 from bus_kv.core.machine import Trim
 from nodes.machine.dedup import DedupWindow
 from nodes.machine.folder import Folder
@@ -154,7 +154,7 @@ def expiry_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch_results_taken_at_their_word(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch whose first sending was never answered is told the refusals of its second as the whole truth."""
-    monkeypatch.setattr(session, "_judged", lambda call, result: result)
+    monkeypatch.setattr(calls, "_judged", lambda call, result: result)
 
 
 def condition_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,7 @@ class Cluster:
         """A client process; its machine is a Session that tells outcomes to `done`."""
         process = self._process(name, False)
         process.begin(Session(name, self.subjects, self.shape.knobs, MAX_PAYLOAD_BYTES, done))
+        self.bus.subscribe(process, "map", self.subjects.map_event)
         return process
 
     # ---- faults ----

@@ -8,12 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus_kv.core.machine import Publish, Received
-from bus_kv.errors import MalformedRequest, RequestError, UnknownVerb, ValueTooLarge
+from bus_kv.errors import (
+    MalformedRequest,
+    RequestError,
+    ShardUnknown,
+    UnknownVerb,
+    ValueTooLarge,
+)  # fmt: skip
 from bus_kv.knobs import CLIENT_CHARS_MAX, NUMBER_MAX, Knobs
 from bus_kv.protocol.batch import DELETE, GET, PUT
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.requests import (
     DataRequest,
+    ReceiptRequest,
     ScanRequest,
     make_cursor,
     parse_request,
@@ -54,6 +61,35 @@ def test_a_batch_keeps_the_order_of_its_operations() -> None:
     assert batch.atomic is True
 
 
+def test_a_receipt_is_a_shard_and_a_version() -> None:
+    request = parse("receipt", shard="s1", version=[3, 43])
+    assert isinstance(request, ReceiptRequest)
+    assert (request.shard, request.version, request.consistency) == ("s1", (3, 43), "quorum")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "needs a shard"), ({"shard": ""}, "needs a shard"), ({"shard": "s1"}, "needs a version"),
+        ({"version": [3, 43]}, "needs a shard"), ({"shard": 1, "version": [3, 43]}, "shard of"),
+        ({"shard": "s1", "version": None}, "version of"), ({"shard": "s1", "version": 3}, "version of"),
+        ({"shard": "s1", "version": [3]}, "two whole numbers"),
+        ({"shard": "s1", "version": [3, "43"]}, "two whole numbers"),
+        ({"shard": "s1", "version": [3, -1]}, "two whole numbers"),
+        ({"shard": "s1", "version": [3, 43], "key": b"k"}, "no field 'key'"),
+        ({"shard": "s1", "version": [3, 43], "consistency": "some"}, "consistency"),
+    ],
+)  # fmt: skip
+def test_anything_else_is_no_receipt(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(MalformedRequest, match=says):
+        parse("receipt", **fields)
+
+
+def test_a_shard_whose_name_is_no_id_is_unknown() -> None:
+    with pytest.raises(ShardUnknown, match=r"'s\.1'"):
+        parse("receipt", shard="s.1", version=[3, 43])
+
+
 def test_verbs_are_known_by_name() -> None:
     with pytest.raises(UnknownVerb, match="'fly'"):
         parse("fly")
@@ -86,11 +122,11 @@ def test_anything_else_is_no_request_id(text: str) -> None:
 @given(st.dictionaries(
     st.sampled_from(["key", "value", "ops", "limit", "cursor", "start", "end", "prefix", "reverse",
                      "if_version", "if_absent", "ttl_ms", "request_id", "keyspace", "consistency",
-                     "atomic", "keys_only", "cached", "x"]),
+                     "atomic", "keys_only", "cached", "shard", "version", "x"]),
     st.none() | st.booleans() | st.integers() | st.floats() | st.text("a:0\u2603", max_size=4)
     | st.binary(max_size=4) | st.lists(st.integers(), max_size=3) | st.just([{"op": "get"}])
     | st.just({"a": 1}),
-), st.sampled_from(["get", "put", "delete", "batch", "scan", "health", "stats", "map"]))  # fmt: skip
+), st.sampled_from(["get", "put", "delete", "batch", "scan", "receipt", "health", "map"]))  # fmt: skip
 def test_any_fields_are_a_request_or_a_failure_with_a_code(
     fields: dict[str, Any], verb: str
 ) -> None:

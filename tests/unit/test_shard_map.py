@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus_kv.protocol.codec import decode_body, encode_json
-from bus_kv.protocol.routes import routes_from_public
+from bus_kv.protocol.routes import routes_after, routes_from_public
 from bus_kv.protocol.shard_map import (
     Configuration,
     Keyspace,
@@ -96,6 +96,20 @@ def test_a_delta_leads_from_one_map_to_the_next(old: ShardMap, new: ShardMap, by
     assert replace(followed, writer="") == replace(new, writer="")
     assert apply_delta(new, change) is new
     assert apply_delta(replace(old, map_version=old.map_version - 1), change) is None
+
+
+@given(maps(), maps(), st.lists(KEYS, min_size=1))
+def test_a_client_follows_a_delta(old: ShardMap, new: ShardMap, keys: list[bytes]) -> None:
+    new = replace(new, map_version=old.map_version + 1)
+    change = decode_body(encode_json(delta(old, new)))[1]
+    followed = routes_after(routes_from_public(old.public()), change)
+    read = routes_from_public(new.public())
+    assert followed is not None
+    assert (followed.map_version, followed.keyspaces) == (read.map_version, read.keyspaces)
+    assert followed.by_id == read.by_id
+    for key in keys:
+        assert followed.find("default", key) == read.find("default", key)
+    assert routes_after(read, change) is None
 
 
 def test_a_delta_names_what_changed_and_nothing_else() -> None:

@@ -1,0 +1,242 @@
+"""The client's machine alone: where gets at ONE go, how it follows the map, and what it sends once only."""
+
+from typing import Any
+
+import pytest
+
+from bus_kv.client.calls import NoCoordinator
+from bus_kv.client.results import Entry, Receipt
+from bus_kv.client.session import Session
+from bus_kv.core.machine import Received, Request, Responded
+from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, Overloaded
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
+from bus_kv.protocol import batch as b
+from bus_kv.protocol.batch import BatchReply, decode_batch
+from bus_kv.protocol.codec import decode_cbor, encode_cbor, encode_json
+from bus_kv.protocol.shard_map import Keyspace, Member, Shard, ShardMap, ShardState, delta
+from bus_kv.subjects import Subjects
+
+READ, WRITE = "bkv.shard.s1.read", "bkv.shard.s1.request"
+MEMBERS = tuple(Member(f"n{i}", "i") for i in (1, 2, 3))
+
+
+def shard_map(version: int, level: str = "quorum", epoch: int = 3) -> ShardMap:
+    shard = Shard("s1", "default", b"", None, epoch, "t", MEMBERS, "n1", ShardState.ACTIVE)
+    return ShardMap(
+        version, keyspaces={"default": Keyspace(consistency=level)}, shards={"s1": shard}
+    )
+
+
+class Client:
+    """A session that has read map version 7, and what it has sent and told."""
+
+    def __init__(self) -> None:
+        self.now_ns = 0
+        self.outcomes: list[Any] = []
+        self.session = Session(
+            "c", Subjects(), Knobs(), 1 << 20, lambda _, outcomes: self.outcomes.extend(outcomes)
+        )
+        self.session.fetch_routes(0)
+        (asked,) = self.sent()
+        self.answer(asked, shard_map(7).public())
+
+    def sent(self) -> list[Request]:
+        effects = self.session.take_ready(self.now_ns).effects
+        assert all(isinstance(effect, Request) for effect in effects)
+        return effects  # type: ignore[return-value]
+
+    def answer(self, request: Request, fields: dict[str, Any] | None) -> None:
+        body = None if fields is None else encode_cbor(fields)
+        self.session.step(Responded(request.correlation, body), self.now_ns)
+
+    def hear(self, change: dict[str, Any]) -> None:
+        self.session.step(Received("map", "map", encode_json(change)), self.now_ns)
+
+    def get(self, level: str | None = "one") -> Request:
+        self.session.submit(b.GET, b"k", None, "get", self.now_ns, consistency=level)
+        (request,) = self.sent()
+        return request
+
+    def put(self) -> Request:
+        self.session.submit(b.PUT, b"k", b"v", "put", self.now_ns)
+        (request,) = self.sent()
+        return request
+
+    def later(self, delay_ms: int) -> list[Request]:
+        self.now_ns += delay_ms * MILLISECOND_NS
+        self.session.on_deadline(self.now_ns)
+        return self.sent()
+
+
+def found(**more: Any) -> dict[str, Any]:
+    reply = BatchReply(bytes([b.FOUND]), 3, [42], values=[b"v"], read=(3, 42, 5))
+    return {"batch": reply.to_wire(), **more}
+
+
+def level_of(request: Request) -> str:
+    return decode_batch(decode_cbor(request.body)["batch"]).consistency
+
+
+# ---- gets at ONE ----
+
+
+def test_a_get_at_one_goes_to_any_replica_and_tells_how_fresh_it_is() -> None:
+    client = Client()
+    request = client.get()
+    assert request.subject == READ
+    assert "epoch" not in decode_cbor(request.body)
+    client.answer(request, found(node="n2"))
+    (entry,) = client.outcomes
+    assert isinstance(entry, Entry)
+    assert entry.read is not None
+    assert (entry.read.epoch, entry.read.seq, entry.read.age_ms) == (3, 42, 5)
+
+
+@pytest.mark.parametrize("level", ["quorum", "all", None])
+def test_a_get_at_another_level_goes_to_the_primary(level: str | None) -> None:
+    client = Client()
+    request = client.get(level)
+    assert request.subject == WRITE
+    assert decode_cbor(request.body)["epoch"] == 3
+
+
+@pytest.mark.parametrize("failure", [None, NotPrimary("not here").to_body()])
+def test_when_no_replica_has_an_answer_the_primary_is_asked_at_once(
+    failure: dict[str, Any] | None,
+) -> None:
+    client = Client()
+    client.answer(client.get(), failure)
+    (again,) = client.sent()
+    assert (again.subject, level_of(again)) == (WRITE, "one")
+    client.answer(again, found())
+    assert isinstance(client.outcomes[0], Entry)
+
+
+def test_a_replica_that_is_silent_is_not_waited_for_long() -> None:
+    client = Client()
+    client.get()
+    assert client.session.next_deadline_ns() == Knobs().suspect_after_ms * MILLISECOND_NS
+    (again,) = client.later(Knobs().suspect_after_ms)
+    assert again.subject == WRITE
+
+
+def test_after_the_primary_has_failed_too_the_replicas_have_another_chance() -> None:
+    client = Client()
+    client.answer(client.get(), None)
+    (at_primary,) = client.sent()
+    client.answer(at_primary, None)
+    later = [request.subject for request in client.later(500)]
+    assert READ in later
+    assert not client.outcomes
+
+
+def test_a_replica_with_too_much_to_do_is_asked_again_after_a_pause() -> None:
+    client = Client()
+    client.answer(client.get(), Overloaded("too much").to_body())
+    assert client.sent() == []
+    assert [request.subject for request in client.later(500)] == [READ]
+
+
+def test_a_shard_without_a_primary_is_still_read_at_one() -> None:
+    client = Client()
+    recovering = shard_map(8, epoch=4)
+    shard = recovering.shards["s1"]
+    record = {"s1": Shard(**{**_fields(shard), "state": ShardState.RECOVERING})}
+    client.hear(delta(shard_map(7), ShardMap(8, keyspaces=recovering.keyspaces, shards=record)))
+    assert client.get().subject == READ
+
+
+def _fields(shard: Shard) -> dict[str, Any]:
+    return {name: getattr(shard, name) for name in Shard.__slots__}
+
+
+# ---- the map ----
+
+
+def test_a_default_level_that_changes_reaches_a_running_client() -> None:
+    client = Client()
+    assert level_of(client.put()) == "quorum"
+    client.hear(delta(shard_map(7), shard_map(8, "one")))
+    assert client.get(None).subject == READ
+    put = client.put()
+    assert level_of(put) == "one"
+    reply = BatchReply(bytes([b.CREATED]), 3, 43)
+    client.answer(put, {"batch": reply.to_wire()})
+    (receipt,) = client.outcomes
+    assert isinstance(receipt, Receipt)
+    assert (receipt.version, receipt.consistency) == ((3, 43), "one")
+
+
+def test_a_change_that_was_missed_has_the_map_read() -> None:
+    client = Client()
+    client.hear(delta(shard_map(8), shard_map(9, "one")))
+    assert [request.subject for request in client.sent()] == ["bkv.map"]
+
+
+def test_a_change_that_is_known_or_is_none_changes_nothing() -> None:
+    client = Client()
+    client.hear(delta(shard_map(6), shard_map(7, "one")))
+    assert client.sent() == []
+    assert level_of(client.put()) == "quorum"
+
+
+@pytest.mark.parametrize("change", [{}, {"map_version": "x"}, {"map_version": 9, "previous": 7}])
+def test_what_is_no_change_has_the_map_read(change: dict[str, Any]) -> None:
+    client = Client()
+    client.hear(change)
+    assert [request.subject for request in client.sent()] == ["bkv.map"]
+
+
+def test_an_answer_from_a_node_with_a_newer_map_has_it_read() -> None:
+    client = Client()
+    client.answer(client.get(), found(map_version=8))
+    assert [request.subject for request in client.sent()] == ["bkv.map"]
+    client.answer(client.get("quorum"), found(map_version=7))
+    assert client.sent() == []
+
+
+# ---- administration ----
+
+
+def test_administration_is_asked_for_once() -> None:
+    client = Client()
+    client.session.administer("failover", {"shard": "s1"}, "token", client.now_ns)
+    (request,) = client.sent()
+    assert request.subject == "bkv.admin.failover"
+    assert client.later(11_000) == []
+    assert not client.outcomes
+    assert client.later(1000) == []
+    (outcome,) = client.outcomes
+    assert isinstance(outcome, OutcomeUnknown)
+
+
+def test_a_refusal_of_administration_is_told_and_not_repeated() -> None:
+    client = Client()
+    client.session.administer("failover", {"shard": "s1"}, "token", client.now_ns)
+    (request,) = client.sent()
+    client.answer(request, Overloaded("later").to_body())
+    assert client.later(1000) == []
+    assert isinstance(client.outcomes[0], Overloaded)
+
+
+def test_nobody_to_administer_is_told_at_once() -> None:
+    client = Client()
+    client.session.administer("failover", {"shard": "s1"}, "token", client.now_ns)
+    (request,) = client.sent()
+    client.answer(request, None)
+    assert isinstance(client.outcomes[0], NoCoordinator)
+
+
+def test_calls_of_different_patience_end_each_in_its_time() -> None:
+    client = Client()
+    knobs = Knobs()
+    client.session.call("sql", {"query": "SELECT 1"}, "sql", 0)
+    client.session.call("history", {"key": b"k"}, "history", 0)
+    client.session.call("get", {"key": b"k"}, "get", 0)
+    assert len(client.sent()) == 3
+    again = [request.subject for request in client.later(knobs.client_attempt_ms)]
+    again += [request.subject for request in client.later(500)]
+    assert again == ["bkv.get"]
+    assert client.session.next_deadline_ns() == (knobs.page_within_ms + 500) * MILLISECOND_NS
+    assert client.now_ns < 3 * SECOND_NS
+    assert not any(isinstance(outcome, BusKVError) for outcome in client.outcomes)
