@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.errors import BusKVError, MalformedRequest
+from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol.batch import GET, Batch, BatchReply, decode_batch
 from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
 from bus_kv.protocol.requests import (
@@ -67,15 +68,17 @@ class ShardRequests:
         any = message.channel == "read"
         fields = self._fields(message.body, any)
         shard, epoch, node = message.name, fields.get("epoch"), self._node
-        deadline_ns = node.now_ns + node.answer_within_ns
+        # A gateway has to hear of a refusal, such as CONSISTENCY_NOT_MET, before its own time is over.
+        deadline_ns = node.now_ns + node.answer_within_ns * 4 // 5
+        page_ns = node.now_ns + node.knobs.page_within_ms * MILLISECOND_NS * 4 // 5
         if "scan" in fields:
             scan = parse_shard_scan(fields["scan"])
             scan.consistency = fields.get("consistency")
-            return node.page(shard, scan, epoch, deadline_ns, answer)
+            return node.page(shard, scan, epoch, page_ns, answer)
         if "history" in fields:
             history = parse_shard_history(fields["history"])
             history.consistency = fields.get("consistency")
-            return node.page(shard, history, epoch, deadline_ns, answer)
+            return node.page(shard, history, epoch, page_ns, answer)
         if "batch" in fields:
             raw = fields["batch"]
             if type(raw) is not bytes:
