@@ -63,6 +63,7 @@ from bus_kv.protocol.requests import (
     VERBS,
     HistoryRequest,
     InfoRequest,
+    ScanRequest,
     SqlRequest,
     parse_request,
 )
@@ -455,16 +456,17 @@ class NodeMachine:
             return respond(self.cannot_fold())
         late = ShardUnavailable(f"the disk of shard {shard} takes too long; send it again")
         assert epoch is not None, "any replica answers gets only"
-        respond = self._pages.guard(deadline_ns, respond, late)
+        if isinstance(request, ScanRequest) and request.erase is not None:
+            if self.stalled:
+                return respond(self._cannot_write())
+            respond = self._pages.guard(deadline_ns, respond, late)
+            return erase(replica, request, epoch, deadline_ns, respond)
         level = request.consistency or "quorum"
         confirmed = partial(_confirm, replica, level, deadline_ns, respond)
+        read = self._pages.guard(deadline_ns, confirmed, late)
         if isinstance(request, HistoryRequest):
-            return replica.history.read(request, epoch, confirmed)
-        if request.erase is None:
-            return replica.scans.scan(request, epoch, confirmed)
-        if self.stalled:
-            return respond(self._cannot_write())
-        return erase(replica, request, epoch, deadline_ns, respond)
+            return replica.history.read(request, epoch, read)
+        return replica.scans.scan(request, epoch, read)
 
     def cannot_fold(self) -> BusKVError:
         reason = f"node {self.config.id} cannot write its state: {self.fold_stalled}"
@@ -674,7 +676,11 @@ def _confirm(
     """What was read is told once it is known that no later epoch had begun (R5)."""
     if isinstance(page, BusKVError):
         return respond(page)
-    return replica.answer_read(level, deadline_ns, respond, page, replica.commit_seq)
+    # The disk may take its time; the others may not.
+    confirm_ns = replica.now_ns + replica.knobs.answer_within_ms * MILLISECOND_NS * 4 // 5
+    return replica.answer_read(
+        level, min(deadline_ns, confirm_ns), respond, page, replica.commit_seq
+    )
 
 
 def _report(replica: Replica) -> ReplicaReport:
