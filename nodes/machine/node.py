@@ -550,6 +550,7 @@ class NodeMachine:
         own = (shard.epoch, shard.token) == replica.promised and shard.primary == self.config.id
         if own and replica.status is Status.OPENED and replica.is_opened:
             replica.activate(shard)
+            self.silent.pop(shard.id, None)
             self.beat()
         elif shard.epoch > replica.promised[0]:
             replica.step_down("another configuration of the shard is active")
@@ -597,10 +598,18 @@ class NodeMachine:
             return
         if beat.node != self.config.id:
             self.peers[beat.node] = (self.now_ns, beat)
+            self._hear_again(beat)
         elif beat.run > self.config.run:
             self._halt_for_newer()
         if beat.map_version > self.map.map_version:
             self.fetch_map()
+
+    def _hear_again(self, beat: Heartbeat) -> None:
+        """A primary that beats is there again, be it that nobody asks this node for its shards any more."""
+        for report in beat.shards:
+            shard = self.map.shards.get(report.id)
+            if report.status == "active" and shard is not None and shard.primary == beat.node:
+                self.silent.pop(report.id, None)
 
     def _halt_for_newer(self) -> None:
         self._effects.append(
