@@ -79,6 +79,8 @@ class _Part(Fate):
     shard: str = ""
     node: str = ""
     """Who is asked, as far as that is known."""
+    epoch: int = 0
+    """Of the shard, as it was sent."""
     suspected: bool = False
     waits: bool = True
     """Not under way: it is sent when the map changes, or after a pause."""
@@ -259,6 +261,7 @@ class Gateway:
 
     def _send(self, part: _Part, shard: Shard, now_ns: int) -> None:
         part.waits = False
+        part.epoch = shard.epoch
         part.page_until_ns = now_ns + self._knobs.page_within_ms * MILLISECOND_NS
         here = self._node.serving(shard.id) is not None
         if here and part.batch is not None:
@@ -458,19 +461,29 @@ class Gateway:
             del self._parts[correlation]
             self._at_primary(part, now_ns)
         else:
-            if not part.suspected:
-                part.suspected = True
-                self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
-            self._wake(correlation, part.deadline_ns, part)
+            self._on_silence(correlation, part, now_ns)
+
+    def _on_silence(self, correlation: int, part: _Part, now_ns: int) -> None:
+        """No answer yet; when another epoch has begun meanwhile none may come, for the old primary does not listen."""
+        shard = self._node.map.shards.get(part.shard)
+        if shard is None or shard.epoch != part.epoch:
+            return self._route_again(correlation, part, now_ns)
+        if not part.suspected:
+            part.suspected = True
+            self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
+        return self._wake(correlation, part.deadline_ns, part)
 
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
         for correlation, part in list(self._parts.items()):
             if part.waits or part.suspected:
-                del self._parts[correlation]
-                if not part.waits:
-                    part.abandon()
-                self._route(part, now_ns)
+                self._route_again(correlation, part, now_ns)
+
+    def _route_again(self, correlation: int, part: _Part, now_ns: int) -> None:
+        del self._parts[correlation]
+        if not part.waits:
+            part.abandon()
+        self._route(part, now_ns)
 
 
 def _reaches(shard: Shard, start: bytes) -> bool:

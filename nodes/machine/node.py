@@ -63,6 +63,7 @@ from bus_kv.protocol.requests import (
     VERBS,
     HistoryRequest,
     InfoRequest,
+    ScanRequest,
     SqlRequest,
     parse_request,
 )
@@ -470,16 +471,17 @@ class NodeMachine:
             return respond(self.cannot_fold())
         late = ShardUnavailable(f"the disk of shard {shard} takes too long; send it again")
         assert epoch is not None, "any replica answers gets only"
-        respond = self._pages.guard(deadline_ns, respond, late)
+        if isinstance(request, ScanRequest) and request.erase is not None:
+            if self.stalled:
+                return respond(self._cannot_write())
+            respond = self._pages.guard(deadline_ns, respond, late)
+            return erase(replica, request, epoch, deadline_ns, respond)
         level = request.consistency or "quorum"
         confirmed = partial(_confirm, replica, level, deadline_ns, respond)
+        read = self._pages.guard(deadline_ns, confirmed, late)
         if isinstance(request, HistoryRequest):
-            return replica.history.read(request, epoch, confirmed)
-        if request.erase is None:
-            return replica.scans.scan(request, epoch, confirmed)
-        if self.stalled:
-            return respond(self._cannot_write())
-        return erase(replica, request, epoch, deadline_ns, respond)
+            return replica.history.read(request, epoch, read)
+        return replica.scans.scan(request, epoch, read)
 
     def cannot_fold(self) -> BusKVError:
         reason = f"node {self.config.id} cannot write its state: {self.fold_stalled}"
@@ -574,6 +576,7 @@ class NodeMachine:
         own = (shard.epoch, shard.token) == replica.promised and shard.primary == self.config.id
         if own and replica.status is Status.OPENED and replica.is_opened:
             replica.activate(shard)
+            self.silent.pop(shard.id, None)
             self.beat()
         elif shard.epoch > replica.promised[0]:
             replica.step_down("another configuration of the shard is active")
@@ -622,10 +625,18 @@ class NodeMachine:
             return
         if beat.node != self.config.id:
             self.peers[beat.node] = (self.now_ns, beat)
+            self._hear_again(beat)
         elif beat.run > self.config.run:
             self._halt_for_newer()
         if beat.map_version > self.map.map_version:
             self.fetch_map()
+
+    def _hear_again(self, beat: Heartbeat) -> None:
+        """A primary that beats is there again, be it that nobody asks this node for its shards any more."""
+        for report in beat.shards:
+            shard = self.map.shards.get(report.id)
+            if report.status == "active" and shard is not None and shard.primary == beat.node:
+                self.silent.pop(report.id, None)
 
     def _halt_for_newer(self) -> None:
         self._effects.append(
@@ -703,7 +714,11 @@ def _confirm(
     """What was read is told once it is known that no later epoch had begun (R5)."""
     if isinstance(page, BusKVError):
         return respond(page)
-    return replica.answer_read(level, deadline_ns, respond, page, replica.commit_seq)
+    # The disk may take its time; the others may not.
+    confirm_ns = replica.now_ns + replica.knobs.answer_within_ms * MILLISECOND_NS * 4 // 5
+    return replica.answer_read(
+        level, min(deadline_ns, confirm_ns), respond, page, replica.commit_seq
+    )
 
 
 def _report(replica: Replica) -> ReplicaReport:
