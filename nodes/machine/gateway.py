@@ -267,14 +267,16 @@ class Gateway:
         if here and part.batch is not None:
             deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
             raw = part.batch.encode()
-            return self._node.submit(shard.id, part.batch, raw, shard.epoch, deadline_ns, respond)
+            return self._node.door.submit(
+                shard.id, part.batch, raw, shard.epoch, deadline_ns, respond
+            )
         request = part.call.request
         if here:
             assert not isinstance(request, DataRequest)
             answered, deadline_ns = partial(self._on_page, part), part.deadline_ns
             if isinstance(request, ReceiptRequest):
                 return answer_receipt(self._node, request, shard.epoch, deadline_ns, answered)
-            return self._node.page(shard.id, request, shard.epoch, deadline_ns, answered)
+            return self._node.door.page(shard.id, request, shard.epoch, deadline_ns, answered)
         body: dict[str, Any] = {"epoch": shard.epoch}
         if part.batch is not None:
             body["batch"] = part.batch.encode()
@@ -292,7 +294,7 @@ class Gateway:
         if node.reading(part.shard) is not None:
             part.node = node.config.id
             deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
-            return node.submit(part.shard, part.batch, raw, None, deadline_ns, respond)
+            return node.door.submit(part.shard, part.batch, raw, None, deadline_ns, respond)
         body = encode_cbor({"batch": raw})
         return self._ask(part, node.request_shard(part.shard, body, any=True), now_ns)
 

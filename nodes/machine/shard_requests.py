@@ -72,19 +72,19 @@ class ShardRequests:
             return answer_receipt(node, receipt, fields["epoch"], deadline_ns, answer)
         if "scan" in fields or "history" in fields:
             page = self._page(shard, fields)
-            return node.page(shard, page, epoch, page_ns, answer)
+            return node.door.page(shard, page, epoch, page_ns, answer)
         if "batch" in fields:
             raw = fields["batch"]
             if type(raw) is not bytes:
                 raise MalformedRequest("batch is not a byte string")
             respond = partial(self._answer_batch, answer, any)
             batch = _read_at_one(decode_batch(raw)) if any else decode_batch(raw)
-            return node.submit(shard, batch, raw, epoch, deadline_ns, respond)
+            return node.door.submit(shard, batch, raw, epoch, deadline_ns, respond)
         batch = self._operations(shard, fields)
         if any:
             batch = _read_at_one(batch)
         respond = partial(self._answer_operations, batch, shard, answer)
-        return node.submit(shard, batch, batch.encode(), epoch, deadline_ns, respond)
+        return node.door.submit(shard, batch, batch.encode(), epoch, deadline_ns, respond)
 
     def _page(self, shard: str, fields: dict[str, Any]) -> PageRequest:
         page: PageRequest = (

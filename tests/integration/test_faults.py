@@ -105,7 +105,9 @@ async def test_without_a_majority_nothing_is_acknowledged(cluster: Cluster) -> N
     await cluster.bus.ok("put", key="a", value="1")
     cluster.kill("n2")
     cluster.kill("n3")
-    puts = [{"key": "a", "value": "2", "request_id": f"me:{i}"} for i in range(3)]
+    puts: list[dict[str, Any]] = [
+        {"key": "a", "value": "2", "request_id": f"me:{i}"} for i in range(3)
+    ]
     for reply in await answers(cluster.bus, "put", *puts):
         assert_failure(reply, "OUTCOME_UNKNOWN", 504, retry=True, says="same request_id")
     for reply in await answers(cluster.bus, "get", GET):

@@ -1,4 +1,4 @@
-"""What clients see of a takeover: first results stay, a former primary serves nothing, losses down to the last member."""
+"""What clients see of a takeover: first results stay, a former primary serves nothing, losses down to the last one."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -149,7 +149,9 @@ async def test_a_repeat_after_a_takeover_gives_the_first_result(patient: Cluster
 async def test_a_write_of_unknown_outcome_is_done_once(patient: Cluster) -> None:
     """The frozen primary has the request in its inbox, and finds it there when it goes on."""
     patient.pause("n1")
-    puts = [{"key": f"a{i}", "value": str(i), "request_id": f"me:{i}"} for i in range(20)]
+    puts: list[dict[str, Any]] = [
+        {"key": f"a{i}", "value": str(i), "request_id": f"me:{i}"} for i in range(20)
+    ]
     asked = [patient.bus.ask("put", timeout_s=2.5, **put) for put in puts]
     replies = await asyncio.gather(*asked, return_exceptions=True)
     assert {r.code for r in replies if isinstance(r, Reply)} == {"OUTCOME_UNKNOWN"}

@@ -14,8 +14,10 @@ from coordinator.machine import plan
 from coordinator.machine.attempt import Attempt
 from coordinator.machine.coordinator import CoordinatorMachine
 from nodes.machine import control
-from nodes.machine.replica import Replica, Status
+from nodes.machine.backup import Backup
+from nodes.machine.replica import Replica
 from nodes.machine.replication import Replication
+from nodes.machine.status import Status
 from nodes.machine.writer import Writer
 from tests.simulation.test_seeds import run_all
 from tests.simulator.world import Violation
@@ -30,16 +32,17 @@ if TYPE_CHECKING:
 
 def backup_acknowledges_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup tells what it has received as if it were durable."""
-    on_append = Replica.on_append
+    on_append = Backup.on_append
 
-    def hasty(self: Replica, fields: dict[str, Any]) -> None:
+    def hasty(self: Backup, fields: dict[str, Any]) -> None:
         on_append(self, fields)
-        durable, self.durable_seq = self.durable_seq, self.last[1]
-        promise, self._durable_promise = self._durable_promise, self.promised
-        self._acknowledge()
-        self.durable_seq, self._durable_promise = durable, promise
+        replica = self._replica
+        durable, replica.durable_seq = replica.durable_seq, replica.last[1]
+        promise, replica.durable_promise = replica.durable_promise, replica.promised
+        self.acknowledge()
+        replica.durable_seq, replica.durable_promise = durable, promise
 
-    monkeypatch.setattr(Replica, "on_append", hasty)
+    monkeypatch.setattr(Backup, "on_append", hasty)
 
 
 def too_few_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,19 +108,15 @@ def active_cas_checks_only_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def higher_epoch_without_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup takes entries of a higher epoch, and goes on taking those of the epoch that it had promised."""
-    on_append = Replica.on_append
+    on_append = Backup.on_append
 
-    def lax(self: Replica, fields: dict[str, Any]) -> None:
-        kept = self.promised
+    def lax(self: Backup, fields: dict[str, Any]) -> None:
+        kept = self._replica.promised
         on_append(self, fields)
-        if self.promised != kept and kept[0]:
-            self.promised = kept
+        if self._replica.promised != kept and kept[0]:
+            self._replica.promised = kept
 
-    def answer(self: Replica, fields: dict[str, Any]) -> None:
-        self._epoch_of_append = (fields["epoch"], fields["token"])  # type: ignore[attr-defined]
-        lax(self, fields)
-
-    monkeypatch.setattr(Replica, "on_append", answer)
+    monkeypatch.setattr(Backup, "on_append", lax)
 
 
 def report_leaves_out_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,34 +139,35 @@ def report_leaves_out_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None
 
 def commit_seq_beyond_the_match(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup commits what the primary has committed, whatever its own log holds there."""
-    acknowledge = Replica._acknowledge
+    acknowledge = Backup.acknowledge
 
-    def bold(self: Replica) -> None:
-        if self.status is Status.FOLLOWING:
-            self.commit(min(self._primary_commit, self.durable_seq))
+    def bold(self: Backup) -> None:
+        replica = self._replica
+        if replica.status is Status.FOLLOWING:
+            replica.commit(min(self._primary_commit, replica.durable_seq))
         acknowledge(self)
 
-    monkeypatch.setattr(Replica, "_acknowledge", bold)
+    monkeypatch.setattr(Backup, "acknowledge", bold)
 
 
 def ack_names_the_end_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup acknowledges all it has, its unmatched end included."""
-    acknowledge = Replica._acknowledge
+    acknowledge = Backup.acknowledge
 
-    def generous(self: Replica) -> None:
-        matched, self._matched = self._matched, self.last[1]
+    def generous(self: Backup) -> None:
+        matched, self._matched = self._matched, self._replica.last[1]
         commit, self._primary_commit = self._primary_commit, min(self._primary_commit, matched)
         acknowledge(self)
         self._matched, self._primary_commit = matched, commit
 
-    monkeypatch.setattr(Replica, "_acknowledge", generous)
+    monkeypatch.setattr(Backup, "acknowledge", generous)
 
 
 def promise_forgotten_at_restart(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that comes back does not know what it has promised."""
 
     def forget(self: Replica, row: ReplicaRow) -> None:
-        self.promised = self._durable_promise = (0, "")
+        self.promised = self.durable_promise = (0, "")
 
     monkeypatch.setattr(Replica, "restore", forget)
 
