@@ -154,10 +154,22 @@ def data_bytes_added(writes: Writes, before: Mapping[bytes, Known | None]) -> in
     return new - sum([len(key) + len(r[0]) for key, r in before.items() if r is not None])
 
 
+def plain_writes(batch: Batch, epoch: int, first: int) -> Writes:
+    """The writes of puts without lifetimes, all of them done."""
+    seqs = range(first, first + len(batch))
+    return {
+        key: (value, epoch, seq, None)  # type: ignore[misc]  # a put's value is bytes
+        for key, value, seq in zip(batch.keys, batch.values, seqs, strict=True)
+    }
+
+
 def logged_writes(logged: LoggedBatch) -> Writes:
     """The writes of a logged batch: the same records that its primary made when it decided."""
-    writes: Writes = {}
     batch, seq = logged.batch, logged.first
+    put = logged.outcomes.count(b.CREATED) + logged.outcomes.count(b.REPLACED)
+    if put == len(batch) and not batch.ttls_ms:
+        return plain_writes(batch, logged.epoch, seq)
+    writes: Writes = {}
     for i, outcome in enumerate(logged.outcomes):
         if outcome == b.DELETED:
             writes[batch.keys[i]] = None

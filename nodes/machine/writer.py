@@ -23,8 +23,8 @@ from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
 from bus_kv.protocol.shard_map import token_of
 from nodes.machine.dedup import DedupWindow, DiskRuns, Run
-from nodes.machine.judge import Decision, Judge, data_bytes_added, read_reply
-from nodes.machine.table import UNKNOWN, Writes
+from nodes.machine.judge import Decision, Judge, data_bytes_added, plain_writes, read_reply
+from nodes.machine.table import UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -222,11 +222,7 @@ class Writer:
         if len(before) < len(records):
             _mark_repeats(batch.keys, marks)
         outcomes = bytes(marks)
-        seqs = range(first, first + len(batch))
-        writes: Writes = {
-            key: (value, epoch, seq, None)  # type: ignore[misc]  # a put's value is bytes
-            for key, value, seq in zip(batch.keys, batch.values, seqs, strict=True)
-        }
+        writes = plain_writes(batch, epoch, first)
         added = data_bytes_added(writes, before)
         return Decision(writes, outcomes, added, BatchReply(outcomes, epoch, first))
 
