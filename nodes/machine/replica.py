@@ -383,11 +383,14 @@ class Replica:
         replication = self.replication
         if replication is None or not self.is_active:
             return respond(NotPrimary(f"shard {self.shard.id} has another primary; read the map"))
-        alone = len(replication.shard.members) == 1
-        if alone and seq <= self.commit_seq:
-            return respond(reply)
+        if len(replication.shard.members) == 1:
+            if seq <= self.commit_seq:
+                return respond(reply)
+            # Who is alone confirms himself: what was judged first is answered first.
+            self._writes.add(Waiting(seq, 0, deadline_ns, respond, reply, is_read))
+            return None
         queue = self._alls if consistency == "all" else self._reads
-        round = 0 if alone else replication.want_round()
+        round = replication.want_round()
         queue.add(Waiting(seq, round, deadline_ns, respond, reply, is_read))
         return None
 
