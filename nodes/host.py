@@ -138,7 +138,7 @@ class NodeHost:
                 "read": (self._subjects.shard_read, QUEUE),
                 "replicate": (self._subjects.shard_replicate, ""),
             },
-            refuse=self._machine.overloaded,
+            refuse=self._machine.door.overloaded,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         for disk in (self._log, self._state):

@@ -318,6 +318,8 @@ class NodeLog:
             for columns in map(_columns, append.replicas)
         ]
         maps = [json.dumps(append.map) for append in group if append.map is not None]
+        if not (rows or replicas or maps):
+            return  # somebody waits for what was appended before, and that is done
         plain = not (replicas or maps or any(isinstance(row, CutRow) for row in rows))
         try:
             if plain and len(rows) <= ONE_STATEMENT_ENTRIES_MAX:

@@ -11,7 +11,7 @@ from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.messages import position_from_wire, record_from_wire, seal_from_wire
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document, to_document
-from nodes.machine.replica import LEADING
+from nodes.machine.status import LEADING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,7 +163,7 @@ class Control:
         replica = self._node.replicas.get(message.name)
         try:
             if replica is not None:
-                replica.on_append(decode_cbor(message.body))
+                replica.backup.on_append(decode_cbor(message.body))
         except (BusKVError, KeyError, TypeError, ValueError, AttributeError, IndexError):
             return  # as good as lost: the primary will remind
 

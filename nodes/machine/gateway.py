@@ -79,6 +79,8 @@ class _Part(Fate):
     shard: str = ""
     node: str = ""
     """Who is asked, as far as that is known."""
+    epoch: int = 0
+    """Of the shard, as it was sent."""
     suspected: bool = False
     waits: bool = True
     """Not under way: it is sent when the map changes, or after a pause."""
@@ -259,19 +261,22 @@ class Gateway:
 
     def _send(self, part: _Part, shard: Shard, now_ns: int) -> None:
         part.waits = False
+        part.epoch = shard.epoch
         part.page_until_ns = now_ns + self._knobs.page_within_ms * MILLISECOND_NS
         here = self._node.serving(shard.id) is not None
         if here and part.batch is not None:
             deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
             raw = part.batch.encode()
-            return self._node.submit(shard.id, part.batch, raw, shard.epoch, deadline_ns, respond)
+            return self._node.door.submit(
+                shard.id, part.batch, raw, shard.epoch, deadline_ns, respond
+            )
         request = part.call.request
         if here:
             assert not isinstance(request, DataRequest)
             answered, deadline_ns = partial(self._on_page, part), part.deadline_ns
             if isinstance(request, ReceiptRequest):
                 return answer_receipt(self._node, request, shard.epoch, deadline_ns, answered)
-            return self._node.page(shard.id, request, shard.epoch, deadline_ns, answered)
+            return self._node.door.page(shard.id, request, shard.epoch, deadline_ns, answered)
         body: dict[str, Any] = {"epoch": shard.epoch}
         if part.batch is not None:
             body["batch"] = part.batch.encode()
@@ -289,7 +294,7 @@ class Gateway:
         if node.reading(part.shard) is not None:
             part.node = node.config.id
             deadline_ns, respond = part.call.deadline_ns, partial(self._on_reply, part)
-            return node.submit(part.shard, part.batch, raw, None, deadline_ns, respond)
+            return node.door.submit(part.shard, part.batch, raw, None, deadline_ns, respond)
         body = encode_cbor({"batch": raw})
         return self._ask(part, node.request_shard(part.shard, body, any=True), now_ns)
 
@@ -458,19 +463,29 @@ class Gateway:
             del self._parts[correlation]
             self._at_primary(part, now_ns)
         else:
-            if not part.suspected:
-                part.suspected = True
-                self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
-            self._wake(correlation, part.deadline_ns, part)
+            self._on_silence(correlation, part, now_ns)
+
+    def _on_silence(self, correlation: int, part: _Part, now_ns: int) -> None:
+        """No answer yet; when another epoch has begun meanwhile none may come, for the old primary does not listen."""
+        shard = self._node.map.shards.get(part.shard)
+        if shard is None or shard.epoch != part.epoch:
+            return self._route_again(correlation, part, now_ns)
+        if not part.suspected:
+            part.suspected = True
+            self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
+        return self._wake(correlation, part.deadline_ns, part)
 
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
         for correlation, part in list(self._parts.items()):
             if part.waits or part.suspected:
-                del self._parts[correlation]
-                if not part.waits:
-                    part.abandon()
-                self._route(part, now_ns)
+                self._route_again(correlation, part, now_ns)
+
+    def _route_again(self, correlation: int, part: _Part, now_ns: int) -> None:
+        del self._parts[correlation]
+        if not part.waits:
+            part.abandon()
+        self._route(part, now_ns)
 
 
 def _reaches(shard: Shard, start: bytes) -> bool:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.deadlines import Deadlines
 from bus_kv.core.endpoints import Endpoint
 from bus_kv.core.machine import (
     Answered,
@@ -35,14 +33,9 @@ from bus_kv.core.machine import (
 from bus_kv.core.timers import Timers
 from bus_kv.errors import (
     BusKVError,
-    NotPrimary,
-    OutcomeUnknown,
-    Overloaded,
-    ShardUnavailable,
     ValueTooLarge,
 )  # fmt: skip
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
-from bus_kv.protocol.batch import GET, check_batch
 from bus_kv.protocol.codec import (
     Codec,
     codec_of,
@@ -61,7 +54,6 @@ from bus_kv.protocol.messages import (
 )  # fmt: skip
 from bus_kv.protocol.requests import (
     VERBS,
-    HistoryRequest,
     InfoRequest,
     SqlRequest,
     parse_request,
@@ -79,35 +71,23 @@ from bus_kv.protocol.shard_map import (
 from bus_kv.protocol.sizes import Sizes
 from nodes.machine import views
 from nodes.machine.control import Control
-from nodes.machine.erase import erase
+from nodes.machine.door import Door
 from nodes.machine.fit import encode_fitting
 from nodes.machine.gateway import Gateway
+from nodes.machine.links import Links
 from nodes.machine.map_reader import MapReader
-from nodes.machine.replica import Past, Ports, Replica, Status
-from nodes.machine.shard_requests import ShardRequests, requested_epoch
+from nodes.machine.replica import Past, Ports, Replica
+from nodes.machine.shard_requests import ShardRequests
 from nodes.machine.snapshot import Snapshots
 from nodes.machine.sql import SqlGateway
+from nodes.machine.status import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from bus_kv.core.machine import Effect, Event, Fold, Load, LogRead, Mark, Query
-    from bus_kv.protocol.batch import Batch
-    from bus_kv.protocol.requests import PageRequest
     from bus_kv.subjects import Subjects
-    from nodes.machine.writer import Respond
 
-CHANNELS = {
-    Status.RESTARTED: ("replicate",),
-    Status.PROMISED: ("replicate",),
-    Status.FOLLOWING: ("replicate", "read"),
-    Status.OPENING: (),
-    Status.OPENED: (),
-    Status.ACTIVE: ("shard", "read"),
-}
-"""The subjects of a shard that a replica listens on."""
-CALL_NS = 10 * SECOND_NS
-"""Answers of other nodes are not expected any more after this."""
 HELLO_WAIT_NS = 300 * MILLISECOND_NS
 """How long a starting node waits for another process to say that it has the same id."""
 ENDPOINTS = (*VERBS, "shard")
@@ -144,26 +124,19 @@ class NodeMachine:
         self.fold_stalled = ""
         """Why the state cannot take more at the moment."""
         self._gateway = Gateway(self, f"{config.run[1]}-g")
+        self.door = Door(self)
+        self.links = Links(self)
         self.sql = SqlGateway(self)
         self.snapshots = Snapshots(self)
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
         self._map_reader = MapReader(self)
-        self._pages: Deadlines[dict[str, Any] | BusKVError] = Deadlines()
-        self._running = False
-        self._operations = 0
-        """Taken on since the last Ready."""
+        self.is_running = False
         self._effects: list[Effect] = []
         self._after_rows: list[Callable[[], None]] = []
         """What to do when what is appended in this turn is durable."""
         self._appended: deque[tuple[int, list[Replica], list[Callable[[], None]]]] = deque()
         self._map_changed = False
-        self._listening: dict[str, tuple[str, ...]] = {}
-        """Shard -> channels."""
-        self._tells: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-        """Node -> (type, shard) -> what it is told at the end of the turn."""
-        self._calls: dict[int, tuple[int, Callable[[dict[str, Any]], None]]] = {}
-        """Questions to other nodes: until when, and who waits."""
         self._ticket = 0
         self._asked: dict[int, Callable[[list[Any], str | None], None]] = {}
         """Who waits for the state's answer to which ticket."""
@@ -180,7 +153,9 @@ class NodeMachine:
         return replica
 
     def new_replica(self, shard: Shard, past: Past | None = None) -> Replica:
-        ports = Ports(self.ask, lambda: self.now_ns, self._tell, self.call, self.snapshots.start)
+        ports = Ports(
+            self.ask, lambda: self.now_ns, self.links.tell, self.links.call, self.snapshots.start
+        )
         replica = Replica(
             shard, self.config.id, self.config.incarnation, self.knobs, self.sizes, past or Past(),
             ports,
@@ -221,7 +196,7 @@ class NodeMachine:
         self._timers.start("hello", now_ns + HELLO_WAIT_NS)
 
     def _run(self) -> None:
-        self._running, self._hello = True, None
+        self.is_running, self._hello = True, None
         self._effects.append(Subscribe("verb", "", True))
         for shard in self.map.shards.values():
             self.follow(shard)
@@ -233,13 +208,13 @@ class NodeMachine:
         self.now_ns = now_ns
         for replica in self.replicas.values():
             replica.fail_waiting("the node is shutting down")
-        if self._running:
+        if self.is_running:
             self._publish_heartbeat(leaving=True)
 
     def reconnected(self, now_ns: int) -> None:
         """The bus was away: read the map again and say that this node is here."""
         self.now_ns = now_ns
-        if self._running:
+        if self.is_running:
             self._map_reader.fetch_now()
             self.beat()
 
@@ -249,7 +224,7 @@ class NodeMachine:
         return (
             self._gateway.is_busy
             or self.sql.is_busy
-            or len(self._pages) > 0
+            or self.door.is_busy
             or any(r.is_waiting for r in self.replicas.values())
         )
 
@@ -285,7 +260,7 @@ class NodeMachine:
         self._gateway.on_deadline(now_ns)
         self.sql.on_deadline(now_ns)
         self.snapshots.on_deadline(now_ns)
-        self._pages.expire(now_ns)
+        self.door.on_deadline(now_ns)
         for replica in self.replicas.values():
             replica.on_deadline(now_ns)
 
@@ -295,7 +270,7 @@ class NodeMachine:
             self._gateway.next_deadline_ns(),
             self.sql.next_deadline_ns(),
             self.snapshots.next_deadline_ns(),
-            self._pages.next_ns(),
+            self.door.next_deadline_ns(),
             self._map_reader.next_deadline_ns(),
         ]
         candidates += [replica.next_deadline_ns() for replica in self.replicas.values()]
@@ -303,11 +278,11 @@ class NodeMachine:
 
     @property
     def is_full(self) -> bool:
-        return self._operations >= self.knobs.turn_operations_max
+        return self.door.operations >= self.knobs.turn_operations_max
 
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
-        self._operations = 0
+        self.door.operations = 0
         entries: list[EntryRow | CutRow] = []
         rows: list[ReplicaRow] = []
         handed: list[Replica] = []
@@ -317,44 +292,19 @@ class NodeMachine:
                 handed.append(replica)
                 entries += added
                 rows += [row] if row is not None else []
-            self._send_to_replicas(replica)
             trim = replica.end_turn()
             if trim is not None:
                 self._effects.append(trim)
-            self._listen(replica)
+            self._effects += self.links.end_turn(replica)
         append = None
         if entries or rows or self._after_rows or self._map_changed:
             map = to_document(self.map) if self._map_changed else None
             append = Append(self._next_ticket(), entries, rows, map)
             self._appended.append((append.ticket, handed, self._after_rows))
             self._after_rows, self._map_changed = [], False
-        self._send_tells()
+        self._effects += self.links.take_tells()
         effects, self._effects = self._effects, []
         return Ready(effects, append)
-
-    def _send_to_replicas(self, replica: Replica) -> None:
-        subject = self.config.subjects.shard_replicate(replica.shard.id)
-        for message in replica.take_messages():
-            self._effects.append(Publish(subject, encode_cbor(message)))
-
-    def _send_tells(self) -> None:
-        for node, items in self._tells.items():
-            body = encode_cbor({"type": "answers", "items": [*items.values()]})
-            self._effects.append(Publish(self.config.subjects.node_inbox(node), body))
-        self._tells = {}
-
-    def _listen(self, replica: Replica) -> None:
-        """Subscribe to what the replica's status calls for."""
-        shard = replica.shard.id
-        wanted = CHANNELS[replica.status] if self._running else ()
-        if "read" in wanted and self.reading(shard) is None:
-            wanted = tuple([channel for channel in wanted if channel != "read"])
-        before = self._listening.get(shard, ())
-        if wanted != before:
-            self._listening[shard] = wanted
-            changes = [(c, False) for c in before if c not in wanted]
-            changes += [(c, True) for c in wanted if c not in before]
-            self._effects += [Subscribe(channel, shard, on) for channel, on in changes]
 
     def _on_durable(self, ticket: int) -> None:
         while self._appended and self._appended[0][0] <= ticket:
@@ -431,81 +381,6 @@ class NodeMachine:
             return self._map_reader.read(answer)
         return answer(views.info(verb, self))
 
-    # ---- the way to the replicas, for the gateway and for requests on a shard's subject ----
-
-    def submit(
-        self, shard: str, batch: Batch, raw: bytes, epoch: int | None, deadline_ns: int,
-        respond: Respond,
-    ) -> None:  # fmt: skip
-        """Check a batch and hand it to the replica that serves its shard; `respond` is called by `deadline_ns`.
-
-        `epoch` None: gets at ONE, which any replica answers.
-        """
-        try:
-            check_batch(batch, self.sizes)
-            replica = self._serving_or_raise(shard, any=epoch is None)
-            if len(raw) > self.sizes.batch:
-                raise ValueTooLarge(
-                    f"a batch has at most {self.sizes.batch} bytes; send less at once"
-                )
-            if self.stalled and batch.kinds.count(GET) < len(batch):
-                raise self._cannot_write()
-        except BusKVError as refusal:
-            return respond(refusal)
-        self._operations += len(batch)
-        return replica.writer.submit(batch, raw, epoch, deadline_ns, respond)
-
-    def page(
-        self, shard: str, request: PageRequest, epoch: int | None, deadline_ns: int,
-        respond: Callable[[dict[str, Any] | BusKVError], None],
-    ) -> None:  # fmt: skip
-        """A page of a shard's part of a range or of a key's history, or the deletion of one."""
-        try:
-            replica = self._serving_or_raise(shard)
-        except BusKVError as refusal:
-            return respond(refusal)
-        if len(self._pages) >= self.knobs.calls_max:
-            return respond(Overloaded("this node has too many pages under way; send it again"))
-        if self.fold_stalled and (isinstance(request, HistoryRequest) or request.count_only):
-            return respond(self.cannot_fold())
-        late = ShardUnavailable(f"the disk of shard {shard} takes too long; send it again")
-        assert epoch is not None, "any replica answers gets only"
-        respond = self._pages.guard(deadline_ns, respond, late)
-        level = request.consistency or "quorum"
-        confirmed = partial(_confirm, replica, level, deadline_ns, respond)
-        if isinstance(request, HistoryRequest):
-            return replica.history.read(request, epoch, confirmed)
-        if request.erase is None:
-            return replica.scans.scan(request, epoch, confirmed)
-        if self.stalled:
-            return respond(self._cannot_write())
-        return erase(replica, request, epoch, deadline_ns, respond)
-
-    def cannot_fold(self) -> BusKVError:
-        reason = f"node {self.config.id} cannot write its state: {self.fold_stalled}"
-        return ShardUnavailable(f"{reason}; send it again")
-
-    def _cannot_write(self) -> BusKVError:
-        return ShardUnavailable(f"node {self.config.id} cannot write its log: {self.stalled}")
-
-    def _serving_or_raise(self, shard: str, any: bool = False) -> Replica:
-        replica = self.reading(shard) if any else self.serving(shard)
-        if replica is None:
-            raise NotPrimary(f"shard {shard} is not served here; read the map")
-        return replica
-
-    def overloaded(self, message: Received) -> Publish | None:
-        """The answer to a message that found the inbox full."""
-        if not message.reply or message.channel not in ("verb", "shard", "read"):
-            return None
-        error: BusKVError = Overloaded(f"node {self.config.id} has a full inbox; send it again")
-        replica = self.replicas.get(message.name) if message.channel == "shard" else None
-        if replica is not None and requested_epoch(message.body) > replica.opened_epoch:
-            # A later primary may have got the same message, and do it.
-            error = OutcomeUnknown(error.message)
-        body = encode_body(codec_of(message.body), error.to_body())
-        return Publish(message.reply, body, failure_headers(error))
-
     # ---- the shard map ----
 
     def serving(self, shard: str) -> Replica | None:
@@ -554,7 +429,7 @@ class NodeMachine:
         if map.map_version <= self.map.map_version:
             return
         self.map, self._map_changed = map, True
-        if self._running:
+        if self.is_running:
             for shard in map.shards.values():
                 self.follow(shard)
         self._gateway.on_map(self.now_ns)
@@ -574,12 +449,13 @@ class NodeMachine:
         own = (shard.epoch, shard.token) == replica.promised and shard.primary == self.config.id
         if own and replica.status is Status.OPENED and replica.is_opened:
             replica.activate(shard)
+            self.silent.pop(shard.id, None)
             self.beat()
         elif shard.epoch > replica.promised[0]:
             replica.step_down("another configuration of the shard is active")
         if shard.epoch >= replica.promised[0] and shard.primary != self.config.id:
             replica.shard = shard
-            replica.greet(shard)
+            replica.backup.greet(shard)
         return None
 
     def _create_if_named(self, shard: Shard) -> None:
@@ -597,7 +473,7 @@ class NodeMachine:
 
     def beat(self) -> None:
         """Send a heartbeat now, and the next after an interval."""
-        if self._running:
+        if self.is_running:
             self._publish_heartbeat()
             interval_ns = int(self.knobs.heartbeat_interval_s * SECOND_NS)
             self._timers.start("heartbeat", self.now_ns + interval_ns)
@@ -622,28 +498,23 @@ class NodeMachine:
             return
         if beat.node != self.config.id:
             self.peers[beat.node] = (self.now_ns, beat)
+            self._hear_again(beat)
         elif beat.run > self.config.run:
             self._halt_for_newer()
         if beat.map_version > self.map.map_version:
             self.fetch_map()
 
+    def _hear_again(self, beat: Heartbeat) -> None:
+        """A primary that beats is there again, be it that nobody asks this node for its shards any more."""
+        for report in beat.shards:
+            shard = self.map.shards.get(report.id)
+            if report.status == "active" and shard is not None and shard.primary == beat.node:
+                self.silent.pop(report.id, None)
+
     def _halt_for_newer(self) -> None:
         self._effects.append(
             Halt(1, f"a newer process runs as node {self.config.id}; this one stops")
         )
-
-    # ---- other nodes ----
-
-    def _tell(self, node: str, fields: dict[str, Any]) -> None:
-        self._tells.setdefault(node, {})[(fields["type"], fields["shard"])] = fields
-
-    def call(
-        self, node: str, fields: dict[str, Any], then: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """Ask a node; `then` gets its answer if one comes soon."""
-        self._calls = {c: call for c, call in self._calls.items() if call[0] > self.now_ns}
-        correlation = self.request_node(node, encode_cbor(fields))
-        self._calls[correlation] = (self.now_ns + CALL_NS, then)
 
     # ---- answers and plumbing ----
 
@@ -670,8 +541,9 @@ class NodeMachine:
         return correlation
 
     def _on_response(self, correlation: int, body: bytes | None) -> None:
-        if correlation in self._calls:
-            return self._control.on_answer(self._calls.pop(correlation)[1], body)
+        waiting = self.links.take_call(correlation)
+        if waiting is not None:
+            return self._control.on_answer(waiting, body)
         if correlation != self._hello or body is None:
             if not self.sql.on_response(correlation, body):
                 self._gateway.on_response(correlation, body)
@@ -694,16 +566,6 @@ class NodeMachine:
         body = {"node": record.primary, "shard": shard, "by": self.config.id, "reason": reason}
         subject = self.config.subjects.suspect_event(record.primary)
         self._effects.append(Publish(subject, encode_json(body)))
-
-
-def _confirm(
-    replica: Replica, level: str, deadline_ns: int,
-    respond: Callable[[dict[str, Any] | BusKVError], None], page: dict[str, Any] | BusKVError,
-) -> None:  # fmt: skip
-    """What was read is told once it is known that no later epoch had begun (R5)."""
-    if isinstance(page, BusKVError):
-        return respond(page)
-    return replica.answer_read(level, deadline_ns, respond, page, replica.commit_seq)
 
 
 def _report(replica: Replica) -> ReplicaReport:

@@ -93,7 +93,7 @@ class Pull:
     def _on_entries(self, answer: dict[str, Any]) -> None:
         source, replica = self._source, self._replica
         assert source is not None
-        end = replica.take_fetched(self._after, answer["entries"])
+        end = replica.backup.take_fetched(self._after, answer["entries"])
         if source.goal is None:
             enough = end is None or end >= (answer["last"][0], answer["last"][1])
         else:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import CutRow, EntryRow, Mark, ReplicaRow
 from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, ShardUnavailable, StaleEpoch
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document
+from nodes.machine.backup import Backup
 from nodes.machine.expiry import Expiry
 from nodes.machine.folder import Folder
 from nodes.machine.history import History
@@ -30,6 +30,7 @@ from nodes.machine.loader import Loader
 from nodes.machine.pull import Pull
 from nodes.machine.replication import Replication
 from nodes.machine.scans import Scans
+from nodes.machine.status import LEADING, Status
 from nodes.machine.table import Table
 from nodes.machine.tail import Segment, Tail, received_segment
 from nodes.machine.waiters import Waiters, Waiting
@@ -46,26 +47,7 @@ if TYPE_CHECKING:
     from bus_kv.protocol.sizes import Sizes
     from nodes.machine.tail import Position
 
-AHEAD_BYTES_MAX = 8 << 20
-"""Entries that arrived before those they follow, kept while these are fetched."""
 ANY_ROUND = 2**62
-
-
-class Status(StrEnum):
-    RESTARTED = "restarted"
-    """Has a log and a past, and has not heard of a primary yet; never resumes an epoch as one (R7)."""
-    PROMISED = "promised"
-    """Sealed for an epoch; takes part in nothing older (R1)."""
-    FOLLOWING = "following"
-    """A backup or learner of the promised epoch."""
-    OPENING = "opening"
-    """The primary of the promised epoch; its opening entry is on its way to the disk."""
-    OPENED = "opened"
-    """The opening entry is durable; whether the map says ACTIVE is not known yet."""
-    ACTIVE = "active"
-
-
-LEADING = (Status.OPENING, Status.OPENED, Status.ACTIVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +118,7 @@ class Replica:
         self.writer = Writer(self, past.clients, mark.time_ms)
         self.expiry = Expiry(self)
         self.pull = Pull(self, knobs)
+        self.backup = Backup(self)
         self._filter_builder = FilterBuilder(shard.id, self.table, ask)
         self._base_time_ms = mark.time_ms
         self._rows: list[EntryRow | CutRow] = []
@@ -143,16 +126,8 @@ class Replica:
         self._row_changed = False
         self._handed: deque[tuple[int, int, tuple[int, str]]] = deque()
         """(last seq, cuts, promise) of what the log is making durable."""
-        self._durable_promise = (0, "")
+        self.durable_promise = (0, "")
         self._cuts = 0
-        self._matched = 0
-        """Seq up to which this log is known to equal the primary's, in the promised epoch."""
-        self._primary = ""
-        self._primary_commit = 0
-        self._round = 0
-        """The primary's newest confirm round."""
-        self._heard_ns = 0
-        self._ahead: list[tuple[Position, list[bytes]]] = []
         self._on_opened: Callable[[], None] | None = None
         self._ones, self._writes, self._reads, self._alls = (Waiters() for _ in range(4))
         self._queues = (self._ones, self._writes, self._reads, self._alls)
@@ -170,12 +145,12 @@ class Replica:
 
     def restore(self, row: ReplicaRow) -> None:
         """Take up what the disk remembers, before `replay`."""
-        self.promised = self._durable_promise = (row.promised_epoch, row.promised_token)
+        self.promised = self.durable_promise = (row.promised_epoch, row.promised_token)
         self.opened_epoch, self.base_seq = row.opened_epoch, row.base_seq
 
     def succeed(self, old: Replica, base_seq: int) -> None:
         """Take the place of a learner's replica whose log is thrown away; what it promised stays promised (R1)."""
-        self.promised, self._durable_promise = old.promised, old._durable_promise
+        self.promised, self.durable_promise = old.promised, old.durable_promise
         self.opened_epoch, self.base_seq = old.opened_epoch, base_seq
         self.policy, self.members_for_all = old.policy, old.members_for_all
         self._rows.append(CutRow(self.shard.id, 0, self.promised[0], keep=False))
@@ -205,8 +180,7 @@ class Replica:
         assert (epoch, token) == self.promised or epoch > self.promised[0], "R1: promises only grow"
         if (epoch, token) != self.promised:
             self.promised = (epoch, token)
-            self._matched = self._primary_commit = self._round = 0
-            self._ahead = []
+            self.backup.begin_epoch()
             self.is_stranded = False
             self.pull.stop()
         self.step_down("the shard is changing its configuration")
@@ -294,7 +268,7 @@ class Replica:
     @property
     def age_ms(self) -> int:
         """How long ago a backup has heard from its primary."""
-        return 0 if self.replication else (self.now_ns - self._heard_ns) // 1_000_000
+        return 0 if self.replication else (self.now_ns - self.backup.heard_ns) // 1_000_000
 
     # ---- the primary's log ----
 
@@ -349,12 +323,12 @@ class Replica:
 
     def on_durable(self) -> None:
         """The oldest of what was handed to the log is durable."""
-        seq, cuts, self._durable_promise = self._handed.popleft()
+        seq, cuts, self.durable_promise = self._handed.popleft()
         if cuts == self._cuts:
             # Else the log was cut since, and how far it is durable the next one will tell.
             self.durable_seq = seq
         if self.replication is None:
-            return self._acknowledge()
+            return self.backup.acknowledge()
         if self.status is Status.OPENING and self.durable_seq >= self.replication.opening:
             self.status = Status.OPENED
         self.replication.match[self.node] = self.durable_seq
@@ -424,81 +398,15 @@ class Replica:
             for waiting in queue.take_all():
                 waiting.respond(_failure(waiting, self.shard.id, reason))
 
-    # ---- the backup ----
+    # ---- entries of another log ----
 
-    def on_append(self, fields: dict[str, Any]) -> None:
-        """Entries, the primary's commit_seq and its confirm round (R1, R2)."""
-        epoch, token, primary = fields["epoch"], fields["token"], fields["from"]
-        if fields["to"].get(self.node) != self.incarnation or primary == self.node:
-            return
-        if epoch < self.promised[0] or (epoch == self.promised[0] and token != self.promised[1]):
-            answer = {"type": "refused", "shard": self.shard.id, "promised": self.promised}
-            return self.ports.tell(primary, answer)
-        if (epoch, token) != self.promised:
-            self.promise(epoch, token)
-        if self.status in LEADING:
-            return None
-        self.status = Status.FOLLOWING
-        self._primary, self._heard_ns = primary, self.now_ns
-        self._primary_commit = max(self._primary_commit, fields["commit"])
-        is_new_round = fields["round"] > self._round
-        self._round = max(self._round, fields["round"])
-        previous = (fields["previous"][0], fields["previous"][1])
-        end = self._join(previous, fields["entries"])
-        if end is None:
-            self._keep_ahead(previous, fields["entries"])
-            self.pull.start(Member(primary, fields["to"].get(primary, "")))
-        else:
-            self._matched = max(self._matched, end[1])
-        if is_new_round or self._matched <= self.durable_seq:
-            self._acknowledge()  # else soon, when what has come is durable
-        return None
+    def append_received(self, entry: Entry, body: bytes) -> None:
+        """Put an entry at the end of the log, the bytes as they came."""
+        self.tail.append(received_segment(entry))
+        self.time_ms = entry.time_ms
+        self._rows.append(EntryRow(self.shard.id, entry.last, entry.epoch, body))
 
-    def greet(self, shard: Shard) -> None:
-        """Tell the primary of this record that nobody has told the replica anything: it will remind."""
-        own = Member(self.node, self.incarnation)
-        if self.status in (Status.RESTARTED, Status.PROMISED) and (
-            own in shard.members or own in shard.learners
-        ):
-            self.ports.tell(shard.primary, {"type": "here", "shard": shard.id})
-
-    def take_fetched(self, after: Position, bodies: list[bytes]) -> Position | None:
-        """Entries that were fetched, to stand behind `after`; None when the own log has no such place any more."""
-        end = self._join(after, bodies)
-        while self._ahead and end is not None:
-            previous, waiting = self._ahead[0]
-            joined = self._join(previous, waiting)
-            if joined is None:
-                break
-            end = max(end, joined)
-            del self._ahead[0]
-        if end is not None and self.status is Status.FOLLOWING:
-            self._matched = max(self._matched, end[1])
-            self._acknowledge()
-        return end
-
-    def _join(self, previous: Position, bodies: list[bytes]) -> Position | None:
-        """Put entries behind the place `previous`, cutting what conflicts; returns the end of what now matches."""
-        entries = [decode_entry(body) for body in bodies]
-        _check_chain(self.shard.id, previous, entries)
-        at = self.tail.find(previous)
-        if at is None:
-            return None
-        segments = self.tail.segments
-        for entry, body in zip(entries, bodies, strict=True):
-            previous = (entry.epoch, entry.last)
-            if entry.last <= self.commit_seq:
-                continue
-            if at < len(segments) and segments[at].end != previous:
-                self._cut(at)
-            if at == len(segments):
-                self.tail.append(received_segment(entry))
-                self.time_ms = entry.time_ms
-                self._rows.append(EntryRow(self.shard.id, entry.last, entry.epoch, body))
-            at += 1
-        return previous
-
-    def _cut(self, count: int) -> None:
+    def cut(self, count: int) -> None:
         """Give up the uncommitted entries behind the first `count`: another log was chosen (R2)."""
         gone = self.tail.cut(count)
         assert gone[0].first > self.commit_seq, "R2: never cut below commit_seq"
@@ -509,26 +417,6 @@ class Replica:
         self.durable_seq = min(self.durable_seq, last)
         segments = self.tail.segments
         self.time_ms = segments[-1].time_ms if segments else self._base_time_ms
-
-    def _keep_ahead(self, previous: Position, bodies: list[bytes]) -> None:
-        if bodies:
-            self._ahead.append((previous, bodies))
-        if sum(len(body) for _, bodies in self._ahead for body in bodies) > AHEAD_BYTES_MAX:
-            self._ahead = []
-
-    def _acknowledge(self) -> None:
-        """Tell the primary what is durable of what matches; commit as far as it has said (R1, R2)."""
-        if self.status is not Status.FOLLOWING or self._durable_promise != self.promised:
-            return
-        match = min(self._matched, self.durable_seq)
-        self.commit(min(self._primary_commit, match))
-        epoch, token = self.promised
-        answer = {
-            "type": "matched", "shard": self.shard.id, "epoch": epoch, "token": token,
-            "node": self.node, "incarnation": self.incarnation, "match": match,
-            "round": self._round,
-        }  # fmt: skip
-        self.ports.tell(self._primary, answer)
 
     # ---- what is committed ----
 
@@ -620,11 +508,3 @@ def _failure(waiting: Waiting[Any], shard: str, reason: str) -> BusKVError:
     if waiting.is_read:
         return ShardUnavailable(f"shard {shard}: {reason}; send it again")
     return OutcomeUnknown(f"{reason}; send it again with the same request_id")
-
-
-def _check_chain(shard: str, previous: Position, entries: list[Entry]) -> None:
-    """Raises ValueError when the entries do not follow one another."""
-    for entry in entries:
-        if entry.shard != shard or entry.previous != previous:
-            raise ValueError(f"entry {entry.first} of shard {entry.shard} does not follow")
-        previous = (entry.epoch, entry.last)

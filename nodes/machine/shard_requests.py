@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.errors import BusKVError, MalformedRequest
+from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol.batch import GET, Batch, BatchReply, decode_batch
 from bus_kv.protocol.codec import Codec, codec_of, decode_body, decode_cbor
 from bus_kv.protocol.requests import (
@@ -62,26 +63,28 @@ class ShardRequests:
         any = message.channel == "read"
         fields = self._fields(message.body, any)
         shard, epoch, node = message.name, fields.get("epoch"), self._node
-        deadline_ns = node.now_ns + node.answer_within_ns
+        # A gateway has to hear of a refusal, such as CONSISTENCY_NOT_MET, before its own time is over.
+        deadline_ns = node.now_ns + node.answer_within_ns * 4 // 5
+        page_ns = node.now_ns + node.knobs.page_within_ms * MILLISECOND_NS * 4 // 5
         if "receipt" in fields:
             receipt = parse_shard_receipt(shard, fields["receipt"])
             receipt.consistency = fields.get("consistency")
             return answer_receipt(node, receipt, fields["epoch"], deadline_ns, answer)
         if "scan" in fields or "history" in fields:
             page = self._page(shard, fields)
-            return node.page(shard, page, epoch, deadline_ns, answer)
+            return node.door.page(shard, page, epoch, page_ns, answer)
         if "batch" in fields:
             raw = fields["batch"]
             if type(raw) is not bytes:
                 raise MalformedRequest("batch is not a byte string")
             respond = partial(self._answer_batch, answer, any)
             batch = _read_at_one(decode_batch(raw)) if any else decode_batch(raw)
-            return node.submit(shard, batch, raw, epoch, deadline_ns, respond)
+            return node.door.submit(shard, batch, raw, epoch, deadline_ns, respond)
         batch = self._operations(shard, fields)
         if any:
             batch = _read_at_one(batch)
         respond = partial(self._answer_operations, batch, shard, answer)
-        return node.submit(shard, batch, batch.encode(), epoch, deadline_ns, respond)
+        return node.door.submit(shard, batch, batch.encode(), epoch, deadline_ns, respond)
 
     def _page(self, shard: str, fields: dict[str, Any]) -> PageRequest:
         page: PageRequest = (

@@ -72,7 +72,7 @@ class Snapshots:
             "last": transfer.mark.last if transfer.mark else None, "place": transfer.place,
         }  # fmt: skip
         answered = partial(self._on_answer, shard, transfer, transfer.asked)
-        self._node.call(transfer.source.node, fields, answered)
+        self._node.links.call(transfer.source.node, fields, answered)
         retry_ns = self._node.knobs.snapshot_retry_ms * MILLISECOND_NS
         self._timers.start(shard, self._node.now_ns + retry_ns)
 

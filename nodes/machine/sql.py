@@ -80,7 +80,7 @@ class SqlGateway:
             return respond(NotPrimary("a shard of the query has moved; send it again"))
         node, waiting = self._node, len(replicas)
         if node.fold_stalled:
-            return respond(node.cannot_fold())
+            return respond(node.door.cannot_fold())
 
         deadline_ns = node.now_ns + node.knobs.page_within_ms * MILLISECOND_NS
         failed: list[BusKVError] = []

@@ -28,15 +28,22 @@ class Waiting(Generic[Reply]):
 
 
 class Waiters:
-    """A queue in order of arrival, in which seqs and rounds never go back: what is behind the head waits as long."""
+    """A queue in order of arrival, in which seqs and rounds never go back: what is behind the head waits as long.
+
+    Deadlines are in no order: a request that was routed again, or came from afar, has less time left.
+    """
 
     def __init__(self) -> None:
         self._queue: deque[Waiting[Any]] = deque()
+        self._next_ns = 0
+        """No deadline is earlier; that of one that was answered may have been."""
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def add(self, waiting: Waiting[Any]) -> None:
+        if not self._queue or waiting.deadline_ns < self._next_ns:
+            self._next_ns = waiting.deadline_ns
         self._queue.append(waiting)
 
     def release(self, seq: int, round: int) -> None:
@@ -47,14 +54,16 @@ class Waiters:
             waiting.respond(waiting.reply)
 
     def next_ns(self) -> int | None:
-        return self._queue[0].deadline_ns if self._queue else None
+        """When to look for late ones."""
+        return self._next_ns if self._queue else None
 
     def take_late(self, now_ns: int) -> list[Waiting[Any]]:
         """Those whose time is over."""
-        if not self._queue or self._queue[0].deadline_ns > now_ns:
+        if not self._queue or self._next_ns > now_ns:
             return []
         late = [w for w in self._queue if w.deadline_ns <= now_ns]
         self._queue = deque(w for w in self._queue if w.deadline_ns > now_ns)
+        self._next_ns = min((w.deadline_ns for w in self._queue), default=0)
         return late
 
     def take_all(self) -> list[Waiting[Any]]:

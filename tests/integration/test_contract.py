@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ ENOUGH_TO_MEET_EVERY_NODE = 12
 async def cluster(
     nats_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Cluster]:
-    """Three nodes and shard s1, whose only member is n1."""
+    """Three nodes, all members of shard s1; its primary is n1."""
     async with cluster_on(nats_url, tmp_path_factory.mktemp("contract"), nodes=3) as cluster:
         yield cluster
 
@@ -147,7 +148,7 @@ async def _until_absent(bus: Bus, key: str) -> None:
 
 
 async def test_a_one_read_says_how_old_its_state_is(bus: Bus, key: str) -> None:
-    version = (await bus.ok("put", key=key, value="1", consistency="one"))["version"]
+    version = (await bus.ok("put", key=key, value="1"))["version"]
     entry = await bus.ok("get", key=key, consistency="one")
     assert entry["consistency"] == "one"
     assert entry["read"].keys() == {"epoch", "seq", "age_ms"}
@@ -160,24 +161,55 @@ async def test_a_one_read_says_how_old_its_state_is(bus: Bus, key: str) -> None:
     await until(is_seen)
 
 
-async def test_all_without_enough_members_is_written_at_quorum(bus: Bus, key: str) -> None:
-    reply = await bus.ask("put", key=key, value="1", consistency="all")
-    assert_failure(reply, "CONSISTENCY_NOT_MET", 424, says="3 members")
+async def test_all_is_met_by_three_members(bus: Bus, key: str) -> None:
+    reply = await bus.ok("put", key=key, value="1", consistency="all")
+    assert reply["consistency"] == "all"
+    entry = await bus.ok("get", key=key, consistency="all")
+    assert (entry["value"], entry["version"]) == ("1", reply["version"])
+    assert entry["consistency"] == "all"
+
+
+@pytest_asyncio.fixture(loop_scope="module", params=["it is dead", "it has left"])
+async def without_n3(
+    request: pytest.FixtureRequest, nats_url: str, tmp_path: Path
+) -> AsyncIterator[Cluster]:
+    """n3 of three members is killed: it still is a member, or the others go on without it."""
+    misses_max = 1000 if request.param == "it is dead" else 1
+    async with cluster_on(nats_url, tmp_path, nodes=3, heartbeat_misses_max=misses_max) as cluster:
+        cluster.kill("n3")
+        if misses_max == 1:
+            await cluster.until_members("n1", "n2")
+        yield cluster
+
+
+async def test_all_without_enough_members_is_written_at_quorum(
+    without_n3: Cluster, key: str
+) -> None:
+    bus = without_n3.bus
+    fields: dict[str, Any] = {
+        "key": key, "value": "1", "consistency": "all", "request_id": f"{unique('client')}:1",
+    }  # fmt: skip
+    reply = await bus.ask("put", **fields)
+    assert_failure(reply, "CONSISTENCY_NOT_MET", 424, says="member")
     assert reply.fields["met"] == "quorum"
     entry = await bus.ok("get", key=key)
     assert (entry["value"], entry["version"]) == ("1", reply.fields["version"])
+    # A repeat misses it again, and writes nothing.
+    assert (await bus.ask("put", **fields)).fields["version"] == entry["version"]
+    assert (await bus.ok("get", key=key)) == entry
 
 
-async def test_repeating_a_write_that_missed_all_misses_it_again(bus: Bus, key: str) -> None:
+async def test_all_is_met_again_by_a_repeat_when_the_member_is_back(
+    without_n3: Cluster, key: str
+) -> None:
     fields: dict[str, Any] = {
-        "key": key,
-        "value": "1",
-        "consistency": "all",
-        "request_id": f"{unique('client')}:1",
-    }
-    first = await bus.ask("put", **fields)
-    second = await bus.ask("put", **fields)
-    assert second.fields == first.fields
+        "key": key, "value": "1", "consistency": "all", "request_id": f"{unique('client')}:1",
+    }  # fmt: skip
+    missed = await without_n3.bus.ask("put", **fields)
+    without_n3.restart("n3")
+    await without_n3.until_members("n1", "n2", "n3")
+    again = await without_n3.until_ok("put", or_code="CONSISTENCY_NOT_MET", **fields)
+    assert again == {**again, "consistency": "all", "version": missed.fields["version"]}
 
 
 # ---- sizes ----
@@ -285,15 +317,27 @@ async def test_a_shard_answers_on_its_own_subject(bus: Bus, cluster: Cluster, ke
     assert await bus.ok("shard.s1.request", **repeat) == await bus.ok("shard.s1.request", **repeat)
 
 
-@pytest.mark.parametrize("off_by", [-1, 1])
-async def test_another_epoch_is_refused(bus: Bus, cluster: Cluster, key: str, off_by: int) -> None:
-    epoch = (await cluster.shard())["epoch"] + off_by
-    ops = [{"op": "put", "key": key, "value": "1"}]
-    forms: list[dict[str, Any]] = [{"ops": ops}, {"scan": {}}]
-    for form in forms:
+async def test_a_former_epoch_is_refused(bus: Bus, cluster: Cluster, key: str) -> None:
+    epoch = (await cluster.shard())["epoch"] - 1
+    for form in forms_of_a_request(key):
         reply = await bus.ask("shard.s1.request", epoch=epoch, **form)
         assert_failure(reply, "STALE_EPOCH", 421, retry=True, says="read the map")
     assert (await bus.ok("get", key=key))["found"] is False
+
+
+async def test_whoever_does_not_know_an_epoch_cannot_tell_what_its_primary_does(
+    bus: Bus, cluster: Cluster, key: str
+) -> None:
+    """A refusal for good would be wrong: the primary of that epoch may have the same request."""
+    epoch = (await cluster.shard())["epoch"] + 1
+    for form in forms_of_a_request(key):
+        reply = await bus.ask("shard.s1.request", epoch=epoch, **form)
+        assert_failure(reply, "OUTCOME_UNKNOWN", 504, retry=True, says="not known here")
+    assert (await bus.ok("get", key=key))["found"] is False
+
+
+def forms_of_a_request(key: str) -> list[dict[str, Any]]:
+    return [{"ops": [{"op": "put", "key": key, "value": "1"}]}, {"scan": {}}]
 
 
 async def test_health_and_stats_count_the_cluster(bus: Bus, cluster: Cluster) -> None:

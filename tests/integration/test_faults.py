@@ -19,8 +19,21 @@ ANSWER_S = 2.5
 
 @pytest.fixture
 async def cluster(nats_url: str, tmp_path: Path) -> AsyncIterator[Cluster]:
-    """Shard s1 is on n1 alone; n2 and n3 are there to be asked."""
+    """Three nodes, all members of shard s1."""
     async with cluster_on(nats_url, tmp_path, nodes=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def alone(nats_url: str, tmp_path: Path) -> AsyncIterator[Cluster]:
+    """Shard s1 is on n1 alone; n2 and n3 are there to be asked."""
+    async with cluster_on(nats_url, tmp_path, nodes=0, replication_factor=1) as cluster:
+        cluster.start_coordinator()
+        cluster.start_node("n1")
+        await cluster.wait_healthy()
+        cluster.start_node("n2")
+        cluster.start_node("n3")
+        await cluster.wait_healthy()
         yield cluster
 
 
@@ -42,66 +55,90 @@ async def nobody_serves(bus: Bus) -> bool:
     return False
 
 
-async def test_without_its_only_member_a_shard_is_unavailable(cluster: Cluster) -> None:
-    await cluster.bus.ok("put", key="a", value="1")
-    cluster.kill("n1")
-    await until(lambda: nobody_serves(cluster.bus))
-    puts = await answers(cluster.bus, "put", *[PUT] * 3)
-    others = [
-        *await answers(cluster.bus, "get", {"key": "a"}),
-        *await answers(cluster.bus, "scan", {}),
-    ]
+async def test_without_its_only_member_a_shard_is_unavailable(alone: Cluster) -> None:
+    await alone.bus.ok("put", key="a", value="1")
+    alone.kill("n1")
+    await until(lambda: nobody_serves(alone.bus))
+    puts = await answers(alone.bus, "put", *[PUT] * 3)
+    others = [*await answers(alone.bus, "get", GET), *await answers(alone.bus, "scan", {})]
     assert (len(puts), len(others)) == (3, 2)
     for reply in (*puts, *others):
         assert_failure(reply, "SHARD_UNAVAILABLE", 503, retry=True, says="s1")
-    cluster.restart("n1")
-    assert (await cluster.until_ok("get", key="a"))["value"] == "1"
+    alone.restart("n1")
+    assert (await alone.until_ok("get", key="a"))["value"] == "1"
 
 
-async def test_a_batch_tells_for_each_operation_that_its_shard_is_gone(cluster: Cluster) -> None:
-    cluster.kill("n1")
+async def test_a_batch_tells_for_each_operation_that_its_shard_is_gone(alone: Cluster) -> None:
+    alone.kill("n1")
     ops = [{"op": "put", "key": "a", "value": "1"}, {"op": "get", "key": "a"}]
-    results = (await cluster.bus.ask("batch", ops=ops)).fields["results"]
+    results = (await alone.bus.ask("batch", ops=ops)).fields["results"]
     assert [r["code"] for r in results] == ["SHARD_UNAVAILABLE"] * 2
 
 
-async def test_health_tells_of_a_dead_primary(cluster: Cluster) -> None:
+async def test_health_tells_of_a_dead_primary_that_nobody_can_replace(alone: Cluster) -> None:
+    alone.kill("n1")
+    await until(lambda: is_degraded(alone.bus, "n1"))
+    await until(lambda: is_down(alone.bus, "n1"))
+    alone.restart("n1")
+    await alone.wait_healthy()
+
+
+async def test_health_is_good_again_when_another_member_serves(cluster: Cluster) -> None:
     cluster.kill("n1")
-
-    async def is_told() -> bool:
-        health = await cluster.bus.ok("health")
-        return health["status"] == "degraded" and any("n1" in r for r in health["reasons"])
-
-    await until(is_told)
-
-    async def is_down() -> bool:
-        nodes = (await cluster.bus.ok("map"))["nodes"]
-        return [n["state"] for n in nodes if n["id"] == "n1"] == ["down"]
-
-    await until(is_down)
-    cluster.restart("n1")
+    await until(lambda: is_down(cluster.bus, "n1"))
     await cluster.wait_healthy()
+    assert (await cluster.shard())["members"] == ["n2", "n3"]
+
+
+async def is_degraded(bus: Bus, says: str) -> bool:
+    health = await bus.ok("health")
+    return health["status"] == "degraded" and any(says in r for r in health["reasons"])
+
+
+async def is_down(bus: Bus, node: str) -> bool:
+    nodes = (await bus.ok("map"))["nodes"]
+    return [n["state"] for n in nodes if n["id"] == node] == ["down"]
+
+
+async def test_without_a_majority_nothing_is_acknowledged(cluster: Cluster) -> None:
+    """The primary has the writes and cannot know what becomes of them."""
+    await cluster.bus.ok("put", key="a", value="1")
+    cluster.kill("n2")
+    cluster.kill("n3")
+    puts: list[dict[str, Any]] = [
+        {"key": "a", "value": "2", "request_id": f"me:{i}"} for i in range(3)
+    ]
+    for reply in await answers(cluster.bus, "put", *puts):
+        assert_failure(reply, "OUTCOME_UNKNOWN", 504, retry=True, says="same request_id")
+    for reply in await answers(cluster.bus, "get", GET):
+        assert_failure(reply, "SHARD_UNAVAILABLE", 503, retry=True)
+    assert (await cluster.bus.ok("get", key="a", consistency="one"))["value"] == "1"
+    await until(lambda: is_degraded(cluster.bus, "1 of the 2 members"))
+    cluster.restart("n2")
+    versions = [(await cluster.until_ok("put", **put))["version"] for put in puts]
+    assert len({*map(tuple, versions)}) == 3
+    assert [(await cluster.until_ok("put", **put))["version"] for put in puts] == versions
 
 
 async def test_a_write_that_a_frozen_primary_may_have_is_of_unknown_outcome(
-    cluster: Cluster,
+    alone: Cluster,
 ) -> None:
-    suspicions = await cluster.bus.client.subscribe(f"{cluster.root}.event.suspect.n1")
-    cluster.pause("n1")
+    suspicions = await alone.bus.client.subscribe(f"{alone.root}.event.suspect.n1")
+    alone.pause("n1")
     client = unique("client")
     puts: list[dict[str, Any]] = [
         {"key": f"a{i}", "value": str(i), "request_id": f"{client}:{i}"} for i in range(12)
     ]
-    replies = await answers(cluster.bus, "put", *puts)
+    replies = await answers(alone.bus, "put", *puts)
     assert replies
     for reply in replies:
         assert_failure(reply, "OUTCOME_UNKNOWN", 504, retry=True, says="send it again")
-    for reply in await answers(cluster.bus, "get", *[GET] * 3):
+    for reply in await answers(alone.bus, "get", *[GET] * 3):
         assert_failure(reply, "SHARD_UNAVAILABLE", 503, retry=True)
     assert json.loads((await suspicions.next_msg(1)).data)["shard"] == "s1"
-    cluster.resume("n1")
-    versions = [(await cluster.until_ok("put", **put))["version"] for put in puts]
-    again = [(await cluster.until_ok("put", **put))["version"] for put in puts]
+    alone.resume("n1")
+    versions = [(await alone.until_ok("put", **put))["version"] for put in puts]
+    again = [(await alone.until_ok("put", **put))["version"] for put in puts]
     assert again == versions
     seqs = [version[1] for version in versions]
     assert sorted(seqs) == list(range(min(seqs), min(seqs) + 12)), "a repeat was written twice"

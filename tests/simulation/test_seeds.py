@@ -17,8 +17,9 @@ from nodes.machine.judge import Judge
 from nodes.machine.lifetimes import Lifetimes
 from nodes.machine.loader import Loader
 from nodes.machine.node import NodeMachine
-from nodes.machine.replica import Replica, Status
+from nodes.machine.replica import Replica
 from nodes.machine.replication import Replication
+from nodes.machine.status import Status
 from nodes.machine.writer import Writer
 from tests.simulator.__main__ import run_many
 from tests.simulator.run import run

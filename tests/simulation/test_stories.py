@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import cbor2
 import pytest
 
+from bus_kv.core.machine import Received
 from bus_kv.knobs import Knobs
+from bus_kv.protocol.codec import encode_json
 from tests.simulator.cluster import Cluster, Shape
 from tests.simulator.traces import FOLDER, STORIES, text_of
-from tests.simulator.world import SECOND_NS, START_NS, World
+from tests.simulator.world import MILLISECOND_NS, SECOND_NS, START_NS, World
 
 if TYPE_CHECKING:
     from bus_kv.core.machine import Publish
@@ -82,3 +84,30 @@ def test_a_node_alone_in_the_world_recovers_from_a_kill_within_seconds() -> None
 def test_a_story_goes_as_its_trace_says(name: str) -> None:
     """When a change of the protocol is meant, `python -m tests.simulator.traces` writes the traces anew."""
     assert (FOLDER / f"{name}.txt").read_text() == text_of(name)
+
+
+def test_a_forward_that_is_lost_just_before_a_new_epoch_is_sent_again() -> None:
+    """Nobody answers it, and the map changes before anybody is suspected: it must not wait for its whole time."""
+    cluster = quiet_cluster(nodes=3)
+    world, (primary, _, gateway) = cluster.world, cluster.nodes
+    world.run_until(START_NS + 10 * SECOND_NS, done=lambda: cluster.is_serving)
+    assert cluster.map().shards["s1"].primary == "n1"
+    answers: list[bytes] = []
+
+    def note(message: Publish) -> None:
+        if message.subject == reply:
+            answers.append(message.body)
+
+    reply = f"_INBOX.n3.{gateway.life}.0"
+    gateway.tap = note
+    primary.cut_in = True
+    put = Received("verb", "put", b'{"key":"a","value":"1"}', reply)
+    gateway.receive(gateway.life, put)
+    sent_ns = world.now_ns
+    world.run_until(sent_ns + 20 * MILLISECOND_NS, done=lambda: False)
+    primary.cut_in = False
+    transfer = encode_json({"shard": "s1", "to": "n2"})
+    cluster.bus.publish(gateway, "sim.admin.transfer", transfer, reply)
+    world.run_until(sent_ns + 10 * SECOND_NS, done=lambda: bool(answers))
+    assert b'"version"' in answers[0]
+    assert world.now_ns < sent_ns + SECOND_NS

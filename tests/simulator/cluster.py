@@ -15,7 +15,8 @@ from bus_kv.protocol.shard_map import ShardMap, ShardState, from_document
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 from nodes.machine.node import NodeConfig, NodeMachine
-from nodes.machine.replica import Past, Status
+from nodes.machine.replica import Past
+from nodes.machine.status import Status
 from tests.simulator.bus import Bus
 from tests.simulator.disk import Disk
 from tests.simulator.process import Process
@@ -156,7 +157,7 @@ class Cluster:
                     replica.replay(entry)
         process.begin(machine)
         process.tap = lambda message: self._check_leaving(process, message)
-        process.refuse = machine.overloaded
+        process.refuse = machine.door.overloaded
         process.after_turn = lambda: self.look(process)
         life = process.life
         disk.open(lambda event: process.receive(life, event))

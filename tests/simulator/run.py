@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nodes.machine.node import NodeMachine
-from nodes.machine.replica import Status
+from nodes.machine.status import Status
 from tests.simulator import checkers
 from tests.simulator.cluster import Cluster, draw_shape
 from tests.simulator.workload import Call, Workload

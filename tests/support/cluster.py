@@ -274,8 +274,26 @@ class Cluster:
         map = await self.bus.ok("map")
         return next(s for s in map["shards"] if s["id"] == shard)
 
-    async def until_ok(self, subject: str, *, deadline_s: float = START_S, **fields: Any) -> Any:
-        """Ask again as the failure allows (`retry`), until it succeeds; the reply's fields."""
+    async def until_members(self, *nodes: str, deadline_s: float = START_S) -> None:
+        """Return when shard s1 is active with these members, in whatever order, and no learner."""
+
+        async def are_members() -> bool:
+            shards = (await self._ask_quietly("map")).get("shards", ())
+            states = [(s["state"], sorted(s["members"]), s["learners"]) for s in shards]
+            return states[:1] == [("active", sorted(nodes), [])]
+
+        await until(are_members, deadline_s)
+
+    async def admin(self, verb: str, **fields: Any) -> dict[str, Any]:
+        """Administration that must succeed: the reply's fields."""
+        reply = await self.bus.ask(f"admin.{verb}", timeout_s=12, **fields)
+        assert reply.code is None, reply.fields
+        return reply.fields
+
+    async def until_ok(
+        self, subject: str, *, deadline_s: float = START_S, or_code: str = "", **fields: Any
+    ) -> Any:
+        """Ask again as the failure allows (`retry`), until it succeeds or fails with `or_code`; the reply's fields."""
         end_s = time.monotonic() + deadline_s
         while True:
             try:
@@ -283,7 +301,7 @@ class Cluster:
             except (NoRespondersError, TimeoutError):
                 assert time.monotonic() < end_s, f"{subject} was not answered"
             else:
-                if reply.code is None:
+                if reply.code in (None, or_code):
                     return reply.fields
                 assert reply.fields["retry"], reply.fields
                 assert time.monotonic() < end_s, reply.fields

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tests.support.cluster import until
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from tests.support.cluster import Cluster
@@ -68,18 +69,26 @@ def entries_in_log(data: Path) -> tuple[int, int, int]:
 
 
 class Recorder:
-    """Writes all the time over few keys: puts, overwrites, deletes, lifetimes. Every task has keys of its own."""
+    """Writes all the time over few keys: puts, overwrites, deletes, lifetimes. Every task has keys of its own.
 
-    def __init__(self, cluster: Cluster, tasks: int = 6, keys: int = 8) -> None:
+    What it has written it reads back now and then. Tasks write at `levels` in turn; a write at ALL that only QUORUM
+    was met for is acknowledged as well.
+    """
+
+    def __init__(
+        self, cluster: Cluster, tasks: int = 6, keys: int = 8, levels: Sequence[str] = ("quorum",)
+    ) -> None:
         self.done: dict[str, Operation] = {}
         """Request id -> what was acknowledged."""
         self.mortal: set[str] = set()
         """Keys that were written once, with a lifetime."""
         self._cluster, self._keys = cluster, keys
         self._stopping = False
-        self._tasks = [asyncio.create_task(self._write(f"w{i}")) for i in range(tasks)]
+        self._tasks = [
+            asyncio.create_task(self._write(f"w{i}", levels[i % len(levels)])) for i in range(tasks)
+        ]
 
-    async def _write(self, client: str) -> None:
+    async def _write(self, client: str, level: str) -> None:
         choose, number, present = random.Random(client), 0, set[str]()
         while not self._stopping:
             number += 1
@@ -87,26 +96,37 @@ class Recorder:
             chance = choose.random()
             if chance < 0.1:
                 key = f"{client}-mortal-{number}"
-                await self._ask("put", f"{client}:{number}", key, value, ttl_ms=1 + number % 400)
+                ttl_ms = 1 + number % 400
+                await self._ask("put", f"{client}:{number}", key, value, level, ttl_ms=ttl_ms)
                 self.mortal.add(key)
             elif chance < 0.3 and key in present:
-                await self._ask("delete", f"{client}:{number}", key, None)
+                await self._ask("delete", f"{client}:{number}", key, None, level)
                 present.discard(key)
             else:
-                reply = await self._ask("put", f"{client}:{number}", key, value)
-                assert reply["found"] is (key in present), (client, number)
+                reply = await self._ask("put", f"{client}:{number}", key, value, level)
+                assert reply.get("found", key in present) is (key in present), (client, number)
                 present.add(key)
+            if chance > 0.7:
+                await self._read_back(f"{client}:{number}")
 
     async def _ask(
-        self, op: str, request_id: str, key: str, value: str | None, **more: Any
+        self, op: str, request_id: str, key: str, value: str | None, level: str, **more: Any
     ) -> dict[str, Any]:
-        fields = {"key": key, "request_id": request_id, **more}
+        fields = {"key": key, "request_id": request_id, "consistency": level, **more}
         if value is not None:
             fields["value"] = value
-        reply: dict[str, Any] = await self._cluster.until_ok(op, deadline_s=30, **fields)
+        reply: dict[str, Any] = await self._cluster.until_ok(
+            op, deadline_s=30, or_code="CONSISTENCY_NOT_MET", **fields
+        )
         epoch, seq = reply["version"]
         self.done[request_id] = Operation((epoch, seq), op, key, value, request_id)
         return reply
+
+    async def _read_back(self, request_id: str) -> None:
+        """Nobody else writes this key, so a read at QUORUM has to show the write that was acknowledged last."""
+        written = self.done[request_id]
+        entry = await self._cluster.until_ok("get", deadline_s=30, key=written.key)
+        assert (entry.get("value"), entry.get("version")) == (written.value, [*written.version])
 
     async def until_more(self, count: int) -> None:
         """Return when this many more writes are acknowledged."""

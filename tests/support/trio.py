@@ -140,7 +140,7 @@ class Trio:
     def deliver(self, messages: list[dict[str, Any]], *names: str) -> None:
         for name in names:
             for message in messages:
-                self[name].on_append(message)
+                self[name].backup.on_append(message)
 
     def answer(self, name: str) -> None:
         """What a replica has told reaches whom it was told to."""

@@ -8,7 +8,7 @@ import pytest
 
 from bus_kv.errors import BusKVError, ShardUnavailable
 from bus_kv.protocol.batch import BatchReply
-from nodes.machine.replica import Status
+from nodes.machine.status import Status
 from tests.simulation import test_planted_replication as planted
 from tests.support.trio import Trio
 

@@ -1,0 +1,145 @@
+"""A replica as backup or learner: takes the primary's entries, joins them to its log, and says what matches (R1, R2).
+
+What is acknowledged is durable and known to equal the primary's log; what is committed is what the primary has said, as
+far as that is durable here. Entries that come before those they follow wait until these are fetched.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bus_kv.protocol.entry import decode_entry
+from bus_kv.protocol.shard_map import Member
+from nodes.machine.status import LEADING, Status
+
+if TYPE_CHECKING:
+    from bus_kv.protocol.entry import Entry
+    from bus_kv.protocol.shard_map import Shard
+    from nodes.machine.replica import Replica
+    from nodes.machine.tail import Position
+
+AHEAD_BYTES_MAX = 8 << 20
+"""Entries that arrived before those they follow, kept while these are fetched."""
+
+
+class Backup:
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self.heard_ns = 0
+        """When the primary was last heard."""
+        self._primary = ""
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Another epoch was promised: nothing is known about its primary's log."""
+        self._matched = 0
+        """Seq up to which the own log is known to equal the primary's, in the promised epoch."""
+        self._primary_commit = 0
+        self._round = 0
+        """The primary's newest confirm round."""
+        self._ahead: list[tuple[Position, list[bytes]]] = []
+
+    def on_append(self, fields: dict[str, Any]) -> None:
+        """Entries, the primary's commit_seq and its confirm round (R1, R2)."""
+        replica = self._replica
+        epoch, token, primary = fields["epoch"], fields["token"], fields["from"]
+        if fields["to"].get(replica.node) != replica.incarnation or primary == replica.node:
+            return
+        if epoch < replica.promised[0] or (
+            epoch == replica.promised[0] and token != replica.promised[1]
+        ):
+            answer = {"type": "refused", "shard": replica.shard.id, "promised": replica.promised}
+            return replica.ports.tell(primary, answer)
+        if (epoch, token) != replica.promised:
+            replica.promise(epoch, token)
+        if replica.status in LEADING:
+            return None
+        replica.status = Status.FOLLOWING
+        self._primary, self.heard_ns = primary, replica.now_ns
+        self._primary_commit = max(self._primary_commit, fields["commit"])
+        is_new_round = fields["round"] > self._round
+        self._round = max(self._round, fields["round"])
+        previous = (fields["previous"][0], fields["previous"][1])
+        end = self._join(previous, fields["entries"])
+        if end is None:
+            self._keep_ahead(previous, fields["entries"])
+            replica.pull.start(Member(primary, fields["to"].get(primary, "")))
+        else:
+            self._matched = max(self._matched, end[1])
+        if is_new_round or self._matched <= replica.durable_seq:
+            self.acknowledge()  # else soon, when what has come is durable
+        return None
+
+    def greet(self, shard: Shard) -> None:
+        """Tell the primary of this record that nobody has told the replica anything: it will remind."""
+        replica = self._replica
+        own = Member(replica.node, replica.incarnation)
+        if replica.status in (Status.RESTARTED, Status.PROMISED) and (
+            own in shard.members or own in shard.learners
+        ):
+            replica.ports.tell(shard.primary, {"type": "here", "shard": shard.id})
+
+    def take_fetched(self, after: Position, bodies: list[bytes]) -> Position | None:
+        """Entries that were fetched, to stand behind `after`; None when the own log has no such place any more."""
+        replica = self._replica
+        end = self._join(after, bodies)
+        while self._ahead and end is not None:
+            previous, waiting = self._ahead[0]
+            joined = self._join(previous, waiting)
+            if joined is None:
+                break
+            end = max(end, joined)
+            del self._ahead[0]
+        if end is not None and replica.status is Status.FOLLOWING:
+            self._matched = max(self._matched, end[1])
+            self.acknowledge()
+        return end
+
+    def _join(self, previous: Position, bodies: list[bytes]) -> Position | None:
+        """Put entries behind the place `previous`, cutting what conflicts; returns the end of what now matches."""
+        replica = self._replica
+        entries = [decode_entry(body) for body in bodies]
+        _check_chain(replica.shard.id, previous, entries)
+        at = replica.tail.find(previous)
+        if at is None:
+            return None
+        segments = replica.tail.segments
+        for entry, body in zip(entries, bodies, strict=True):
+            previous = (entry.epoch, entry.last)
+            if entry.last <= replica.commit_seq:
+                continue
+            if at < len(segments) and segments[at].end != previous:
+                replica.cut(at)
+            if at == len(segments):
+                replica.append_received(entry, body)
+            at += 1
+        return previous
+
+    def _keep_ahead(self, previous: Position, bodies: list[bytes]) -> None:
+        if bodies:
+            self._ahead.append((previous, bodies))
+        if sum(len(body) for _, bodies in self._ahead for body in bodies) > AHEAD_BYTES_MAX:
+            self._ahead = []
+
+    def acknowledge(self) -> None:
+        """Tell the primary what is durable of what matches; commit as far as it has said (R1, R2)."""
+        replica = self._replica
+        if replica.status is not Status.FOLLOWING or replica.durable_promise != replica.promised:
+            return
+        match = min(self._matched, replica.durable_seq)
+        replica.commit(min(self._primary_commit, match))
+        epoch, token = replica.promised
+        answer = {
+            "type": "matched", "shard": replica.shard.id, "epoch": epoch, "token": token,
+            "node": replica.node, "incarnation": replica.incarnation, "match": match,
+            "round": self._round,
+        }  # fmt: skip
+        replica.ports.tell(self._primary, answer)
+
+
+def _check_chain(shard: str, previous: Position, entries: list[Entry]) -> None:
+    """Raises ValueError when the entries do not follow one another."""
+    for entry in entries:
+        if entry.shard != shard or entry.previous != previous:
+            raise ValueError(f"entry {entry.first} of shard {entry.shard} does not follow")
+        previous = (entry.epoch, entry.last)

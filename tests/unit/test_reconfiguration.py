@@ -1,0 +1,352 @@
+"""Reconfiguration, step by step: who is sealed, what is opened, and what proves that a change of the map was made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus_kv.core.machine import (
+    AppendCompleted,
+    Publish,
+    Received,
+    Request,
+    StoreCas,
+    Stored,
+    StoreGet,
+)  # fmt: skip
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
+from bus_kv.protocol.codec import decode_cbor, encode_cbor, encode_json
+from bus_kv.protocol.messages import Heartbeat, ReplicaReport
+from bus_kv.protocol.shard_map import (
+    Configuration,
+    Keyspace,
+    Member,
+    Node,
+    NodeState,
+    Shard,
+    ShardMap,
+    ShardState,
+    shard_to_document,
+    to_document,
+)  # fmt: skip
+from bus_kv.subjects import Subjects
+from coordinator.machine import plan
+from coordinator.machine.attempt import Attempt
+from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
+from coordinator.machine.plan import Heard
+from coordinator.machine.roles import Roles, next_roles
+from nodes.machine.node import NodeConfig, NodeMachine
+from tests.simulation import test_planted_replication as planted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MEMBERS = tuple(Member(f"n{i}", f"i{i}") for i in range(1, 6))
+
+
+def shard_of(members: int = 3, **fields: Any) -> Shard:
+    base = Shard(
+        "s1", "default", b"", None, 5, "t5", MEMBERS[:members], "n1", ShardState.ACTIVE
+    )  # fmt: skip
+    return replace(base, **fields)
+
+
+def map_of(shard: Shard, factor: int = 3, nodes: int = 5) -> ShardMap:
+    known = {m.node: Node(m.node, m.incarnation, NodeState.UP) for m in MEMBERS[:nodes]}
+    keyspaces = {"default": Keyspace(replication_factor=factor)}
+    return ShardMap(7, shard.epoch, "w", keyspaces, {shard.id: shard}, known)
+
+
+def beat(
+    node: int, shard: Shard, status: str = "following", seq: int = 10, **fields: Any
+) -> Heartbeat:
+    values = {"epoch": shard.epoch, "token": shard.token, "last": (shard.epoch, seq), **fields}
+    report = ReplicaReport(
+        "s1", status=status, commit_seq=seq, folded=0, keys=0, bytes=0, operations=0, **values
+    )
+    return Heartbeat(f"n{node}", f"i{node}", (1, "r"), shards=[report])
+
+
+def heard_of(shard: Shard, *beats: Heartbeat) -> Heard:
+    del shard
+    return Heard(beats={b.node: b for b in beats})
+
+
+def all_well(shard: Shard) -> Heard:
+    """Every member says what it should."""
+    names = [int(m.node[1:]) for m in (*shard.members, *shard.learners)]
+    beats = [beat(n, shard, "active" if f"n{n}" == shard.primary else "following") for n in names]
+    return heard_of(shard, *beats)
+
+
+# ---- step 1: the record ----
+
+
+def test_an_unfinished_attempt_is_never_what_has_to_be_sealed() -> None:
+    active = shard_of()
+    first = plan.reconfigured(active, Roles(MEMBERS[1:3], "n2"), 6, "t6")
+    second = plan.reconfigured(first, Roles(MEMBERS[2:3], "n3"), 7, "t7")
+    wanted = Configuration(5, "t5", MEMBERS[:3])
+    assert first.last_active == second.last_active == wanted
+    assert (first.attempts, second.attempts) == ((), ((6, "t6"),))
+
+
+@pytest.mark.parametrize(("members", "enough"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_as_many_are_sealed_as_no_majority_can_avoid(members: int, enough: int) -> None:
+    shard = plan.reconfigured(shard_of(members), Roles(MEMBERS[:members], "n1"), 6, "t6")
+    attempt = Attempt(shard, 0, 0)
+    for i, member in enumerate(shard.members):
+        assert attempt.is_sealed is (i >= enough)
+        attempt.on_answer(member, {"type": "sealed", "epoch": 6, "token": "t6", "last": [5, i]})
+
+
+def test_the_new_primary_is_sent_to_the_longest_sealed_log() -> None:
+    attempt = Attempt(plan.reconfigured(shard_of(), Roles(MEMBERS[1:3], "n2"), 6, "t6"), 0, 0)
+    for member, last in ((MEMBERS[1], [4, 99]), (MEMBERS[2], [5, 3])):
+        fields = {"type": "sealed", "epoch": 6, "token": "t6", "last": last}
+        attempt.on_answer(member, fields)
+    ((to, message),) = attempt.messages()
+    assert to == MEMBERS[1]
+    assert (message["best"], message["source"]) == ((5, 3), ["n3", "i3"])
+
+
+def test_answers_of_another_attempt_count_for_nothing() -> None:
+    attempt = Attempt(plan.reconfigured(shard_of(), Roles(MEMBERS[1:3], "n2"), 6, "t6"), 0, 0)
+    attempt.on_answer(MEMBERS[1], {"type": "sealed", "epoch": 6, "token": "other", "last": [5, 3]})
+    attempt.on_answer(MEMBERS[1], {"type": "opened", "epoch": 5, "token": "t5"})
+    assert not attempt.sealed
+    assert not attempt.opened
+
+
+# ---- who should have which part ----
+
+
+def test_nothing_changes_while_all_is_well() -> None:
+    shard = shard_of()
+    assert next_roles(shard, map_of(shard), all_well(shard)) is None
+
+
+@pytest.mark.parametrize("status", ["restarted", "promised"])
+def test_a_primary_that_cannot_go_on_is_replaced_by_the_longest_log(status: str) -> None:
+    shard = shard_of()
+    beats = [beat(1, shard, status, 10), beat(2, shard, seq=11), beat(3, shard, seq=12)]
+    assert next_roles(shard, map_of(shard), heard_of(shard, *beats)) == Roles(MEMBERS[:3], "n3")
+
+
+def test_a_silent_primary_leaves_and_two_of_three_go_on() -> None:
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.silent.add("n1")
+    roles = next_roles(shard, map_of(shard), heard)
+    assert roles == Roles(MEMBERS[1:3], "n2")
+
+
+def test_without_enough_to_seal_nothing_is_begun() -> None:
+    """It could only leave the map under an epoch that nobody can open."""
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.silent |= {"n1", "n2"}
+    assert next_roles(shard, map_of(shard), heard) is None
+
+
+def test_the_survivor_of_two_goes_on_alone() -> None:
+    shard = shard_of(2)
+    heard = all_well(shard)
+    heard.silent.add("n1")
+    assert next_roles(shard, map_of(shard, nodes=2), heard) == Roles(MEMBERS[1:2], "n2")
+
+
+def test_another_disk_under_the_same_name_is_another_member() -> None:
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.beats["n3"] = replace(heard.beats["n3"], incarnation="new")
+    assert next_roles(shard, map_of(shard), heard) == Roles(MEMBERS[:2], "n1")
+
+
+def test_a_spare_node_becomes_a_learner_and_then_a_member() -> None:
+    shard = shard_of(2)
+    heard = all_well(shard)
+    heard.beats["n4"] = replace(beat(4, shard), shards=[])
+    roles = next_roles(shard, map_of(shard), heard)
+    assert roles == Roles(MEMBERS[:2], "n1", (MEMBERS[3],))
+    learning = replace(shard, epoch=6, token="t6", learners=roles.learners)
+    assert next_roles(learning, map_of(learning), heard) is None, "not heard of as a learner yet"
+    caught_up = all_well(learning)
+    roles = next_roles(learning, map_of(learning), caught_up)
+    assert roles == Roles((*MEMBERS[:2], MEMBERS[3]), "n1")
+
+
+def test_a_learner_that_lags_stays_one() -> None:
+    shard = shard_of(2, learners=(MEMBERS[3],))
+    heard = all_well(shard)
+    heard.beats["n1"].shards[0].commit_seq = 100_000
+    assert next_roles(shard, map_of(shard), heard) is None
+
+
+def test_a_stranded_member_leaves() -> None:
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.beats["n2"].shards[0].status = "stranded"
+    assert next_roles(shard, map_of(shard), heard) == Roles((MEMBERS[0], MEMBERS[2]), "n1")
+
+
+def test_a_smaller_replication_factor_lets_a_backup_go() -> None:
+    shard = shard_of()
+    roles = next_roles(shard, map_of(shard, factor=2), all_well(shard))
+    assert roles is not None
+    assert (len(roles.members), roles.primary) == (2, "n1")
+
+
+def test_an_operator_moves_the_primary() -> None:
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.transfers["s1"] = "n3"
+    assert next_roles(shard, map_of(shard), heard) == Roles(MEMBERS[:3], "n3")
+
+
+# ---- what proves a change of the map ----
+
+
+class Coordinator:
+    """An active coordinator over a map in which n1, the primary of s1, has just restarted."""
+
+    def __init__(self) -> None:
+        tokens = count()
+        config = CoordinatorConfig("c1", Subjects("x"), lambda: f"token{next(tokens)}")
+        self.machine = CoordinatorMachine(config, Knobs())
+        self.now_ns = SECOND_NS
+        self.map = map_of(shard_of(), nodes=3)
+        self.machine.start(self.now_ns)
+        self.answer(self.take(StoreGet), 0, None)
+        cas = self.take(StoreCas)
+        self.answer(cas, 1, cas.document)
+        self.answer(self.take(StoreGet), 2, to_document(self.map))
+        statuses = {1: "restarted", 2: "following", 3: "following"}
+        for node, status in statuses.items():
+            body = encode_json(beat(node, shard_of(), status).to_wire())
+            self.step(Received("heartbeat", f"n{node}", body))
+
+    def step(self, event: Any) -> None:
+        self.machine.step(event, self.now_ns)
+
+    def answer(self, question: Any, revision: int, document: Any) -> None:
+        self.step(Stored(question.correlation, revision, document))
+
+    def effects(self) -> list[Any]:
+        return self.machine.take_ready(self.now_ns).effects
+
+    def take(self, kind: Any) -> Any:
+        return next(effect for effect in self.effects() if isinstance(effect, kind))
+
+    def pass_ms(self, ms: int) -> None:
+        self.now_ns += ms * MILLISECOND_NS
+        self.machine.on_deadline(self.now_ns)
+
+
+def seals(effects: list[Any]) -> list[str]:
+    requests = [effect for effect in effects if isinstance(effect, Request)]
+    bodies = [decode_cbor(request.body) for request in requests]
+    return [body["type"] for body in bodies if body["type"] == "seal"]
+
+
+def test_nothing_is_sealed_before_the_change_is_known_to_be_made() -> None:
+    coordinator = Coordinator()
+    cas = coordinator.take(StoreCas)
+    assert cas.document["shards"]["s1"]["state"] == "recovering"
+    coordinator.step(Stored(cas.correlation, failure="no answer"))
+    coordinator.pass_ms(300)
+    effects = coordinator.effects()
+    assert seals(effects) == []
+    question = next(effect for effect in effects if isinstance(effect, StoreGet))
+    coordinator.answer(question, 3, cas.document)
+    assert len(seals(coordinator.effects())) == 3, "the map shows the own writer"
+
+
+def test_a_change_that_another_made_is_not_ones_own() -> None:
+    coordinator = Coordinator()
+    cas = coordinator.take(StoreCas)
+    coordinator.step(Stored(cas.correlation, failure="no answer"))
+    coordinator.pass_ms(300)
+    question = coordinator.take(StoreGet)
+    other = {**cas.document, "writer": "somebody else"}
+    coordinator.answer(question, 3, other)
+    assert seals(coordinator.effects()) == []
+
+
+def test_only_the_attempt_that_opened_becomes_active() -> None:
+    shard = shard_of(state=ShardState.RECOVERING, last_active=Configuration(4, "t4", MEMBERS[:3]))
+    old, heard = map_of(shard), all_well(shard)
+    heard.running = {"s1": (5, "t5")}
+    heard.opened = {"s1": (5, "another")}
+    assert plan.next_map(old, heard, Knobs(), lambda: "w") is old
+    heard.opened = {"s1": (5, "t5")}
+    new = plan.next_map(old, heard, Knobs(), lambda: "w")
+    assert new.shards["s1"].state is ShardState.ACTIVE
+
+
+# ---- R1: the report of a seal ----
+
+
+def test_a_seal_report_covers_what_is_still_on_its_way_to_the_disk() -> None:
+    """It will be acknowledged: the answer waits for the disk, and names it."""
+    config = NodeConfig("n2", "i2", (1, "r"), Subjects("x"), 1 << 20)
+    node = NodeMachine(config, Knobs())
+    shard = shard_of(token="t5")
+    replica = node.new_replica(shard)
+    replica.promise(5, "t5")
+    for _ in range(2):
+        ready = node.take_ready(SECOND_NS)
+        if ready.append is not None:
+            node.step(AppendCompleted(ready.append.ticket), SECOND_NS)
+    primary = NodeMachine(NodeConfig("n1", "i1", (1, "r"), Subjects("x"), 1 << 20), Knobs())
+    opening = primary.new_replica(shard)
+    opening.open(replace(shard, state=ShardState.RECOVERING), 0)
+    rows, _ = opening.take_rows()
+    message = {
+        "type": "append", "shard": "s1", "epoch": 5, "token": "t5", "from": "n1",
+        "to": {"n1": "i1", "n2": "i2", "n3": "i3"}, "previous": (0, 0),
+        "entries": [row.body for row in rows if hasattr(row, "body")], "commit": 0, "round": 0,
+    }  # fmt: skip
+    node.step(Received("replicate", "s1", encode_cbor(message)), SECOND_NS)
+    in_flight = node.take_ready(SECOND_NS).append
+    assert in_flight is not None
+    later = plan.reconfigured(shard, Roles(MEMBERS[1:3], "n2"), 6, "t6")
+    seal = {"type": "seal", "record": shard_to_document(later), "incarnation": "i2"}
+    node.step(Received("node", "n2", encode_cbor(seal), "reply"), SECOND_NS)
+    ready = node.take_ready(SECOND_NS)
+    assert replies(ready.effects) == []
+    assert ready.append is not None
+    node.step(AppendCompleted(ready.append.ticket), SECOND_NS)
+    (report,) = replies(node.take_ready(SECOND_NS).effects)
+    assert (report["type"], report["last"]) == ("sealed", [5, 1])
+
+
+def replies(effects: list[Any]) -> list[dict[str, Any]]:
+    sent = [e for e in effects if isinstance(e, Publish) and e.subject == "reply"]
+    return [decode_cbor(publish.body) for publish in sent]
+
+
+# ---- broken rules make these stories fail ----
+
+
+@pytest.mark.parametrize(
+    ("plant", "story"),
+    [
+        (planted.seals_the_pending_attempt, test_an_unfinished_attempt_is_never_what_has_to_be_sealed),
+        (planted.too_few_sealed, lambda: test_as_many_are_sealed_as_no_majority_can_avoid(3, 2)),
+        (planted.newest_heartbeat_wins, test_the_new_primary_is_sent_to_the_longest_sealed_log),
+        (planted.unanswered_cas_is_success, test_nothing_is_sealed_before_the_change_is_known_to_be_made),
+        (planted.report_leaves_out_what_is_in_flight, test_a_seal_report_covers_what_is_still_on_its_way_to_the_disk),
+        (planted.active_cas_checks_only_the_state, test_only_the_attempt_that_opened_becomes_active),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_makes_its_story_fail(
+    plant: Callable[[pytest.MonkeyPatch], None], story: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, ValueError, StopIteration)):
+        story()
