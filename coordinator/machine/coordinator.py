@@ -150,8 +150,7 @@ class CoordinatorMachine:
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
         self._reconcile()
-        if self.map is not None:
-            self._admin.look(self.map, now_ns)
+        self._admin.look(self.map, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)
 
