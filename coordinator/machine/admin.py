@@ -143,11 +143,11 @@ class Admin:
             "is_behind": self._heard.is_behind(map),
         }
 
-    def look(self, map: ShardMap, now_ns: int) -> None:
-        """Answer what has come into effect, and what has taken too long."""
+    def look(self, map: ShardMap | None, now_ns: int) -> None:
+        """Answer what has come into effect, and what has taken too long, also when this coordinator no longer leads."""
         pending, self._pending = self._pending, []
         for item in pending:
-            done = item.look(map)
+            done = None if map is None else item.look(map)
             if done is not None:
                 item.answer(done)
             elif item.deadline_ns <= now_ns:

@@ -142,11 +142,15 @@ class CoordinatorMachine:
 
     is_full = False
 
+    @property
+    def has_orders(self) -> bool:
+        """Whether an operator waits for something to come into effect."""
+        return self._admin.next_ns() is not None
+
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
         self._reconcile()
-        if self.map is not None:
-            self._admin.look(self.map, now_ns)
+        self._admin.look(self.map, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)
 

@@ -348,7 +348,11 @@ class Cluster:
 
     @property
     def is_settled(self) -> bool:
-        """Every shard has all the members it should have, and all of them have all that is committed."""
+        """Every shard has all the members it should have, and all of them have all that is committed; no operator has
+        asked for anything else."""
+        machines = [coordinator.machine for coordinator in self.coordinators]
+        if any(isinstance(m, CoordinatorMachine) and m.has_orders for m in machines):
+            return False
         return self.is_serving and all(map(self._is_settled, self.map().shards.values()))
 
     def _is_settled(self, shard: Shard) -> bool:

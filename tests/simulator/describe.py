@@ -35,13 +35,16 @@ def _what(subject: str, fields: dict[str, Any]) -> str:
     kind = fields.get("type")
     if kind in _DESCRIBE:
         return _DESCRIBE[kind](fields)
-    if "batch" in fields and "epoch" in fields:
+    if isinstance(fields.get("batch"), bytes):
         batch = decode_batch(fields["batch"])
         names = [KIND_NAMES[k] for k in batch.kinds]
         operations = [f"{n} {k.decode()}" for n, k in zip(names, batch.keys, strict=True)]
-        return f"{', '.join(operations)} at {batch.consistency.upper()} (epoch {fields['epoch']})"
+        epoch = f" (epoch {fields['epoch']})" if "epoch" in fields else ""
+        return f"{', '.join(operations)} at {batch.consistency.upper()}{epoch}"
     if "batch" in fields:
         return f"outcomes {[*fields['batch']['outcomes']]} seqs {fields['batch']['seqs']}"
+    if "receipt" in fields:
+        return f"what became of {_place(fields['receipt'])}? (epoch {fields['epoch']})"
     if "code" in fields:
         return f"{fields['code']}: {fields['message']}"
     if subject.endswith("event.map"):
