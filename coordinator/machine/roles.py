@@ -148,8 +148,9 @@ def _has_caught_up(shard: Shard, learner: Member, heard: Heard) -> bool:
     its = heard.report(shard.id, primary) if primary else None
     if own is None or its is None or (own.epoch, own.token) != (shard.epoch, shard.token):
         return False
-    behind = its.commit_seq - own.last[1]
-    return own.status == "following" and behind <= CAUGHT_UP_OPERATIONS
+    # Its newest entry is of this epoch: so its log has come to join the primary's, without a gap.
+    joined = own.status == "following" and own.last[0] == shard.epoch
+    return joined and its.commit_seq - own.last[1] <= CAUGHT_UP_OPERATIONS
 
 
 def _shrink(shard: Shard, map: ShardMap) -> Roles | None:

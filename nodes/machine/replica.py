@@ -188,7 +188,8 @@ class Replica:
         self._row_changed = True
 
     def step_down(self, reason: str) -> None:
-        """No longer the primary: what it has not committed may be cut, so it is forgotten until it is committed."""
+        """No longer part of the epoch. What its primary has not committed may be cut, so it is forgotten until it is
+        committed; a backup has nobody any more who tells it what is new, so it answers no reads."""
         if self.replication is not None:
             self.take_decided()
             self.replication = self._on_opened = None
@@ -196,7 +197,7 @@ class Replica:
             for segment in self.tail.segments:
                 segment.remembered = False
         self.fail_waiting(reason)
-        if self.status in LEADING:
+        if self.status in LEADING or self.status is Status.FOLLOWING:
             self.status = Status.RESTARTED
 
     def open(self, shard: Shard, time_ms: int, opened: Callable[[], None] | None = None) -> None:
