@@ -70,7 +70,10 @@ def test_an_order_that_takes_too_long_is_forgotten_also_by_a_coordinator_that_le
     assert isinstance(late, OutcomeUnknown)
     assert desk.admin.next_ns() is None
     heard = desk.heard
-    assert not (heard.failovers or heard.transfers or heard.settings or heard.restoring)
+    assert not (heard.failovers)
+    assert not (heard.transfers)
+    assert not (heard.settings)
+    assert not (heard.restoring)
 
 
 @pytest.mark.parametrize(
