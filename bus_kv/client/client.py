@@ -111,7 +111,7 @@ class Client:
             self._session, self._bus, self._clock, inbox_messages_max=self._knobs.inbox_messages_max
         )
         await self._bus.answer_to(self._driver.offer)
-        await self._driver.listen("map", subjects.map_event)
+        await self._driver.listen("map", subjects.map_event, is_optional=True)
         self._closed = ""
         self._task = self._loop.create_task(self._run())
 

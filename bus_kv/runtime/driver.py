@@ -93,7 +93,9 @@ class Driver:
         """Run a turn soon: the machine was told something directly."""
         self._wake.set()
 
-    async def listen(self, channel: str, subject: str, queue: str = "") -> Subscription:
+    async def listen(
+        self, channel: str, subject: str, queue: str = "", is_optional: bool = False
+    ) -> Subscription:
         """Feed a subject's messages to the machine as Received(channel, last token of the subject)."""
 
         async def on_message(message: Any) -> None:
@@ -104,7 +106,7 @@ class Driver:
             if refusal is not None:
                 await self._perform(refusal)
 
-        return await self._bus.subscribe(subject, on_message, queue)
+        return await self._bus.subscribe(subject, on_message, queue, is_optional)
 
     # ---- the turn ----
 

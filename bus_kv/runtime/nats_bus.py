@@ -140,7 +140,9 @@ class NatsBus:
                 await client.close()
 
     async def _on_error(self, error: Exception) -> None:
-        log.warning("NATS: %s", error or type(error).__name__)
+        may_do_without = any(s.is_optional and s.is_named_in(error) for s in self._subscriptions)
+        level = logging.DEBUG if may_do_without else logging.WARNING
+        log.log(level, "NATS: %s", error or type(error).__name__)
 
     async def _on_disconnected(self) -> None:
         if not self._closing:
@@ -216,9 +218,14 @@ class NatsBus:
         except (NatsError, OSError) as error:
             log.debug("not sent to %s: %r", subject, error)
 
-    async def subscribe(self, subject: str, on_message: OnMessage, queue: str = "") -> Subscription:
-        """Call `on_message` for each message, one at a time; also after the connection was lost and came back."""
-        subscription = Subscription(subject, on_message, queue)
+    async def subscribe(
+        self, subject: str, on_message: OnMessage, queue: str = "", is_optional: bool = False
+    ) -> Subscription:
+        """Call `on_message` for each message, one at a time; also after the connection was lost and came back.
+
+        What is optional may be forbidden by the server: nobody is warned of that.
+        """
+        subscription = Subscription(subject, on_message, queue, is_optional)
         self._subscriptions[subscription] = None
         try:
             await subscription.start(self._client)
@@ -272,8 +279,9 @@ def _is_refusal(error: Exception) -> bool:
 class Subscription:
     """A subject and who listens; it outlives the connection."""
 
-    def __init__(self, subject: str, on_message: OnMessage, queue: str) -> None:
+    def __init__(self, subject: str, on_message: OnMessage, queue: str, is_optional: bool) -> None:
         self._subject, self._on_message, self._queue = subject, on_message, queue
+        self.is_optional = is_optional
         self._handle: NatsSubscription | None = None
 
     async def start(self, client: NatsClient) -> None:
@@ -281,6 +289,10 @@ class Subscription:
             self._subject, self._queue, cb=self._on_message,
             pending_msgs_limit=SUBSCRIPTION_MESSAGES_MAX, pending_bytes_limit=1 << 30,
         )  # fmt: skip
+
+    def is_named_in(self, error: Exception) -> bool:
+        """Whether the server refused this very subject; nats-py tells its words in small letters."""
+        return f'"{self._subject}"'.lower() in str(error).lower()
 
     async def stop(self) -> None:
         with contextlib.suppress(NatsError):
