@@ -31,25 +31,31 @@ _SEQ = {"kv": "seq", "oplog": "seq", "oplog_parts": "last", "requests": "first_s
 def read_chunk(
     db: DuckDBPyConnection, table: ShardTable | None, mark: Mark, query: SnapshotRead
 ) -> list[Any]:
-    """[table, chunk, next place]; a place is [table, part, what follows in it]. Raises duckdb.Error."""
-    name, part, after = query.place or ["kv", 0, None]
-    parts = _parts(name, mark, query.last)
+    """[table, chunk, next place]. Raises duckdb.Error.
+
+    A place is [table, part, parts, what the chunk before ended with]: the division is made once for each table, because
+    the data may grow while its chunks are read.
+    """
+    name, part, parts, after = query.place or _first_place("kv", mark, query.last)
     if table is None:
         return [name, b"", None]
     rows = _rows(db, table, query, (name, part, parts, after))
     chunk, taken = _fitting(rows, query.bytes_max)
     if taken < rows.num_rows:
-        return [name, chunk, [name, part, rows[_ORDER[name]][taken - 1].as_py()]]
+        return [name, chunk, [name, part, parts, rows[_ORDER[name]][taken - 1].as_py()]]
     if part + 1 < parts:
-        return [name, chunk, [name, part + 1, None]]
+        return [name, chunk, [name, part + 1, parts, None]]
     following = TABLES[TABLES.index(name) + 1 :]
-    return [name, chunk, [following[0], 0, None] if following else None]
+    return [name, chunk, _first_place(following[0], mark, query.last) if following else None]
 
 
-def _parts(name: str, mark: Mark, last: int) -> int:
+def _first_place(name: str, mark: Mark, last: int) -> list[Any]:
+    parts = 1
     if name == "kv":
-        return mark.data_bytes // PART_BYTES + 1
-    return last // PART_SEQS + 1 if name in ("oplog", "requests") else 1
+        parts = mark.data_bytes // PART_BYTES + 1
+    elif name in ("oplog", "requests"):
+        parts = last // PART_SEQS + 1
+    return [name, 0, parts, None]
 
 
 def _rows(

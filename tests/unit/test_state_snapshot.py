@@ -87,6 +87,26 @@ def test_folds_in_between_change_nothing_once_their_log_has_followed(
     assert target.contents("s1") == writer.on_disk
 
 
+def test_data_that_grows_by_much_in_between_leaves_no_key_out(source: State, target: State) -> None:
+    """The division into parts is made once (found by review: it followed the growing size, and keys were left out)."""
+    writer, value = Writer(), b"x" * 20_000
+    source.do(writer.fold(puts([f"old-{i}".encode() for i in range(100)], value)))
+    mark = writer.on_disk.mark
+    later: list[Fold] = []
+
+    def grow() -> None:
+        if len(later) < 4:
+            at = len(later)
+            keys = [f"new-{at}-{i}".encode() for i in range(100)]
+            later.append(writer.fold(puts(keys, value)))
+            source.do(later[-1])
+
+    transfer(source, target, mark, grow)
+    for fold_behind in later:
+        target.do(fold_behind)
+    assert target.contents("s1") == writer.on_disk
+
+
 def test_a_snapshot_that_did_not_end_leaves_nothing(source: State, tmp_path: Path) -> None:
     writer = RandomWriter(seed=4)
     source.do(writer.next_fold())
