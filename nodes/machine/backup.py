@@ -100,6 +100,8 @@ class Backup:
         replica = self._replica
         entries = [decode_entry(body) for body in bodies]
         _check_chain(replica.shard.id, previous, entries)
+        if entries and entries[-1].epoch > replica.promised[0]:
+            raise ValueError("R1: an entry of an epoch that is not promised")
         at = replica.tail.find(previous)
         if at is None:
             return None

@@ -148,7 +148,7 @@ class Control:
             return reply({"type": "refused", "reason": "this replica is not in that epoch"})
         after = position_from_wire(fields["after"])
         read = LogRead(0, replica.shard.id, after, self._node.sizes.entry)
-        return self._node.ask(read, partial(_answer_fetch, replica, after, reply))
+        return self._node.ask(read, partial(_answer_fetch, replica, attempt, after, reply))
 
     def on_answer(self, then: Callable[[dict[str, Any]], None], body: bytes | None) -> None:
         """The answer to a question of one of the replicas."""
@@ -211,8 +211,11 @@ def _promised_more(replica: Replica) -> dict[str, Any]:
 
 
 def _answer_fetch(
-    replica: Replica, after: Position, reply: Reply, rows: list[Any], failure: str | None
-) -> None:
+    replica: Replica, attempt: tuple[int, str], after: Position, reply: Reply, rows: list[Any],
+    failure: str | None,
+) -> None:  # fmt: skip
+    if failure is None and replica.promised != attempt:
+        failure = "another epoch has begun"  # and the log may have been read after it was cut
     if failure is not None:
         return reply({"type": "refused", "reason": failure})
     have, entries = rows

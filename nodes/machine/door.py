@@ -92,7 +92,8 @@ class Door:
         if isinstance(request, ScanRequest) and request.erase is not None:
             if self._node.stalled:
                 return respond(self._cannot_write())
-            respond = self._pages.guard(deadline_ns, respond, late)
+            unknown = OutcomeUnknown("it takes too long; send it again with the same request_id")
+            respond = self._pages.guard(deadline_ns, respond, unknown)
             return erase(replica, request, epoch, deadline_ns, respond)
         level = request.consistency or "quorum"
         confirmed = partial(_confirm, replica, level, deadline_ns, respond)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.errors import BusKVError, PreconditionFailed, from_body
+from bus_kv.errors import BusKVError, PreconditionFailed, ShardUnavailable, from_body
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch, BatchReply
 
@@ -82,6 +82,9 @@ def _delete(
     keys = [item["key"] for item in page["items"]]
     if not keys:
         return respond({"deleted": 0, "version": None, "next": page["next"]})
+    if replica.now_ns >= deadline_ns:
+        # Whoever asked has been answered, and may not expect that anything is still done.
+        return respond(ShardUnavailable("it took too long; send it again"))
     batch = _batch(request, keys)
     done = partial(_tell, respond, page["next"])
     return replica.writer.submit(batch, batch.encode(), epoch, deadline_ns, done)

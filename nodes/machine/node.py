@@ -397,7 +397,8 @@ class NodeMachine:
         if replica is None or replica.status is not Status.FOLLOWING:
             return self.serving(shard)
         own = Member(self.config.id, self.config.incarnation)
-        return replica if own in replica.shard.members else None
+        whole = replica.commit_seq >= replica.whole_seq
+        return replica if whole and own in replica.shard.members else None
 
     def fetch_map(self) -> None:
         """Read the whole map from the store soon: a message shows that the own copy is old."""

@@ -91,6 +91,8 @@ class Replica:
         self.opened_epoch = 0
         self.base_seq = 0
         """Where the own log begins, after a snapshot."""
+        self.whole_seq = 0
+        """Up to here a snapshot may have holes that the log behind it fills."""
         self.is_stranded = False
         """No log reaches back to where this one ends, and a member must not throw its own away: only as a learner."""
         self.tail = Tail((mark.epoch, mark.last))

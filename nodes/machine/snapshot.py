@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 class _Transfer:
     replica: Replica
     source: Member
+    attempt: tuple[int, str]
+    """The epoch in which it goes on; in the next one everything begins anew."""
+    whole_seq: int = 0
+    """Where the source's state was when a chunk was read, at most: behind it the copy is whole."""
     mark: Mark | None = None
     place: Any = None
     """Of the next chunk; opaque to the learner."""
@@ -47,24 +51,30 @@ class Snapshots:
         self._transfers: dict[str, _Transfer] = {}
         self._timers = Timers()
 
-    def is_loading(self, shard: str) -> bool:
-        return shard in self._transfers
-
     # ---- the learner ----
 
     def start(self, replica: Replica, source: Member) -> None:
         """Fetch the whole shard from its primary, unless that goes on already in this epoch."""
-        transfer = self._transfers.get(replica.shard.id)
-        if transfer is None or transfer.replica.promised != replica.promised:
-            self._transfers[replica.shard.id] = _Transfer(replica, source)
-            self._ask(replica.shard.id)
+        shard, transfer = replica.shard.id, self._transfers.get(replica.shard.id)
+        if transfer is not None and (transfer.attempt, transfer.source) != (
+            replica.promised, source
+        ):  # fmt: skip
+            self._drop(shard)
+        if shard not in self._transfers:
+            self._transfers[shard] = _Transfer(replica, source, replica.promised)
+            self._ask(shard)
+
+    def _goes_on(self, shard: str, transfer: _Transfer) -> bool:
+        """Whether the replica still is a learner of the same epoch: only then may its log be thrown away (R8)."""
+        replica = transfer.replica
+        here = self._node.replicas.get(shard) is replica
+        return here and replica.promised == transfer.attempt and replica.is_learner
 
     def _ask(self, shard: str) -> None:
         transfer = self._transfers[shard]
         replica = transfer.replica
-        if self._node.replicas.get(shard) is not replica or not replica.is_learner:
-            self._drop(shard)
-            return
+        if not self._goes_on(shard, transfer):
+            return self._drop(shard)
         transfer.asked += 1
         fields = {
             "type": "snapshot", "shard": shard, "epoch": replica.promised[0],
@@ -75,10 +85,18 @@ class Snapshots:
         self._node.links.call(transfer.source.node, fields, answered)
         retry_ns = self._node.knobs.snapshot_retry_ms * MILLISECOND_NS
         self._timers.start(shard, self._node.now_ns + retry_ns)
+        return None
 
     def _drop(self, shard: str) -> None:
+        """Give it up; a part of a snapshot is worth nothing."""
+        transfer = self._forget(shard)
+        if transfer.mark is not None:
+            clear = Load(0, shard, transfer.replica.shard.keyspace, "", b"")
+            self._node.ask(clear, lambda _rows, _failure: None)
+
+    def _forget(self, shard: str) -> _Transfer:
         self._timers.stop(shard)
-        self._transfers.pop(shard, None)
+        return self._transfers.pop(shard)
 
     def _on_answer(
         self, shard: str, transfer: _Transfer, asked: int, answer: dict[str, Any]
@@ -87,8 +105,11 @@ class Snapshots:
             return
         if answer["type"] != "chunk" or crc32(answer["chunk"]) != answer["checksum"]:
             return  # refused or damaged: asked again when the timer says so
+        if not self._goes_on(shard, transfer):
+            return self._drop(shard)
         self._timers.stop(shard)
         transfer.asked += 1
+        transfer.whole_seq = max(transfer.whole_seq, answer["mark"]["last"])
         if transfer.mark is None:
             transfer.mark = mark_from_wire(answer["mark"])
             self._begin(shard, transfer, answer)
@@ -143,10 +164,12 @@ class Snapshots:
     ) -> None:
         if self._transfers.get(shard) is not transfer:
             return
-        self._drop(shard)
-        if failure is None and self._node.replicas.get(shard) is transfer.replica:
-            assert transfer.mark is not None
-            self._node.replace(transfer.replica, transfer.mark, rows, transfer.mark.last)
+        if failure is not None or not self._goes_on(shard, transfer):
+            return self._drop(shard)
+        self._forget(shard)
+        assert transfer.mark is not None
+        replica = self._node.replace(transfer.replica, transfer.mark, rows, transfer.mark.last)
+        replica.whole_seq = transfer.whole_seq
 
     # ---- the primary ----
 

@@ -161,7 +161,8 @@ class Trio:
                 if e.last <= after[1] and e.epoch <= after[0]
             ]  # fmt: skip
             rows = [entry for entry in source.log if not have or entry.last > after[1]]
-            _answer_fetch(source.replica, after, then, [have[-1] if have else None, rows], None)
+            answer = [have[-1] if have else None, rows]
+            _answer_fetch(source.replica, source.replica.promised, after, then, answer, None)
 
     def settle(self) -> None:
         """Everybody hears everything, and every disk is done."""

@@ -1,0 +1,73 @@
+"""How a learner takes a snapshot when epochs change under it (both found by review)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+from zlib import crc32
+
+from bus_kv.core.machine import Mark
+from bus_kv.knobs import SECOND_NS, Knobs
+from bus_kv.protocol.shard_map import Keyspace, Member, Shard, ShardMap, ShardState
+from bus_kv.subjects import Subjects
+from nodes.machine.node import NodeConfig, NodeMachine
+from nodes.machine.status import Status
+
+A, B, C = Member("a", "i"), Member("b", "i"), Member("c", "i")
+SHARD = Shard("s1", "default", b"", None, 1, "t1", (A, B), "a", ShardState.ACTIVE, learners=(C,))
+CHUNK = b"rows"
+
+
+class Learner:
+    """Node c, a learner of s1, and what it asks other nodes."""
+
+    def __init__(self) -> None:
+        config = NodeConfig("c", "i", (1, "r"), Subjects("x"), 1 << 20)
+        self.node = NodeMachine(config, Knobs())
+        self.node.map = ShardMap(1, 1, "w", {"default": Keyspace()})
+        self.node.now_ns = SECOND_NS
+        self.calls: list[tuple[str, dict[str, Any], Any]] = []
+        self.node.links.call = self._note_call  # type: ignore[method-assign]
+        self.node.follow(SHARD)
+        self.replica = self.node.replicas["s1"]
+        self.replica.status = Status.FOLLOWING
+        assert self.replica.is_learner
+
+    def _note_call(self, node: str, fields: dict[str, Any], then: Any) -> None:
+        self.calls.append((node, fields, then))
+
+    def ask_for_snapshot(self) -> Any:
+        self.node.snapshots.start(self.node.replicas["s1"], A)
+        to, fields, then = self.calls.pop()
+        assert (to, fields["type"]) == ("a", "snapshot")
+        return then
+
+    def enter_epoch(self, epoch: int, primary: Member) -> None:
+        """Another primary is heard, and the map says that it is ACTIVE."""
+        self.node.replicas["s1"].promise(epoch, f"t{epoch}")
+        later = replace(SHARD, epoch=epoch, token=f"t{epoch}", primary=primary.node)
+        self.node.follow(later)
+
+
+def chunk() -> dict[str, Any]:
+    return {
+        "type": "chunk", "mark": asdict(Mark(1, 10, 1, 1, 1, ((1, 1),))), "table": "kv",
+        "chunk": CHUNK, "checksum": crc32(CHUNK), "place": ["kv", 1, 2, None],
+    }  # fmt: skip
+
+
+def test_a_chunk_that_comes_after_the_epoch_has_changed_changes_nothing() -> None:
+    learner = Learner()
+    answered = learner.ask_for_snapshot()
+    learner.node.replicas["s1"].promise(2, "t2")
+    answered(chunk())
+    assert learner.node.replicas["s1"] is learner.replica, "its log is still there"
+
+
+def test_in_the_next_epoch_the_new_primary_is_asked() -> None:
+    learner = Learner()
+    learner.ask_for_snapshot()(chunk())
+    learner.enter_epoch(2, B)
+    learner.node.snapshots.start(learner.node.replicas["s1"], B)
+    assert learner.calls[-1][0] == "b"
+    assert learner.calls[-1][1]["place"] is None, "from the beginning"
