@@ -83,6 +83,15 @@ async def test_health_tells_of_a_dead_primary_that_nobody_can_replace(alone: Clu
     await alone.wait_healthy()
 
 
+async def test_health_is_good_again_when_a_frozen_primary_goes_on(alone: Cluster) -> None:
+    """Nobody has to ask a node for that shard again before it says so."""
+    alone.pause("n1")
+    await answers(alone.bus, "get", *[GET] * 6)
+    await until(lambda: is_degraded(alone.bus, "s1 does not answer"))
+    alone.resume("n1")
+    await alone.wait_healthy()
+
+
 async def test_health_is_good_again_when_another_member_serves(cluster: Cluster) -> None:
     cluster.kill("n1")
     await until(lambda: is_down(cluster.bus, "n1"))
@@ -91,8 +100,8 @@ async def test_health_is_good_again_when_another_member_serves(cluster: Cluster)
 
 
 async def is_degraded(bus: Bus, says: str) -> bool:
-    health = await bus.ok("health")
-    return health["status"] == "degraded" and any(says in r for r in health["reasons"])
+    told = [reply.fields for reply in await answers(bus, "health", {})]
+    return any(h["status"] == "degraded" and says in " ".join(h["reasons"]) for h in told)
 
 
 async def is_down(bus: Bus, node: str) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import Cluster, assert_failure, cluster_on, until
-from tests.support.recorded import oplog
+from tests.support.recorded import Recorder, oplog
+from tests.support.replicas import assert_once_in_log, until_logs_equal
 
 FOLD_AT_ONCE = (
     "--knob=fold_interval_ms=20", "--knob=fold_bytes=10000", "--knob=log_keep_bytes=10000",
@@ -61,6 +62,31 @@ async def test_a_state_without_space_stalls_until_there_is_some(
         await _assert_there(cluster, acked)
         versions = [[*operation.version] for operation in await oplog(cluster, page_rows=200)]
         assert [v for v in acked.values() if v not in versions] == []
+
+
+async def test_a_backup_without_space_stops_nobody_and_catches_up(
+    small_disk: Path, nats_url: str, tmp_path: Path
+) -> None:
+    async with cluster_on(nats_url, tmp_path / "c", nodes=0, layout_wait_s=10) as cluster:
+        cluster.start_coordinator()
+        cluster.data("n3").parent.mkdir()
+        cluster.data("n3").symlink_to(small_disk)
+        for node in ("n1", "n2", "n3"):
+            cluster.start_node(node)
+        await cluster.wait_healthy()
+        recorder = Recorder(cluster)
+        await recorder.until_more(100)
+        filler = _fill(small_disk)
+        await recorder.until_more(100)
+        reply = await cluster.bus.ask(
+            "put", key="a", value="1", consistency="all", request_id="a:1"
+        )
+        assert_failure(reply, "CONSISTENCY_NOT_MET", 424, says="not every member")
+        filler.unlink()
+        await recorder.until_more(100)
+        await recorder.stop()
+        assert_once_in_log(await until_logs_equal(cluster, "n1", "n2", "n3"), recorder.done)
+        assert cluster.exited() == []
 
 
 async def _put(cluster: Cluster, times: int) -> dict[str, list[int]]:

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from tests.support.recorded import Operation, Recorder
     from tests.support.state import Contents
 
+NODES = ("n1", "n2", "n3")
+LEVELS = ("quorum", "quorum", "all")
+"""At which writers write, in turn."""
+QUICK: dict[str, Any] = {"heartbeat_interval_s": 0.2}
+"""A dead node is noticed within two seconds."""
+NEVER_NOTICED: dict[str, Any] = {"heartbeat_misses_max": 1000}
+"""What happens to a dead node happens because an operator says so."""
+
 Row: TypeAlias = tuple[Any, ...]
 
 
