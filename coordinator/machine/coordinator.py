@@ -79,7 +79,9 @@ class CoordinatorMachine:
         self.requests = 0
         self._revision = 0
         self._map_is_old = False
-        """A node has seen a newer one."""
+        """A node has seen a newer one, or it is some time ago that it was read."""
+        self._read_ns = 0
+        """When the store last said what it holds."""
         self._heard = Heard()
         self._seen_ns: dict[str, int] = {}
         """When each node was heard last, or since when it is waited for."""
@@ -197,7 +199,10 @@ class CoordinatorMachine:
                 self._effects.append(Publish(subject, body))
 
     def _look(self) -> None:
-        """Once a second: who is silent, and is the wait for a first layout over."""
+        """Once a second: who is silent, is the wait for a first layout over, is the map to be read again.
+
+        A compare-and-set of a former leader may succeed so late that nobody announces it.
+        """
         self._timers.start("look", self.now_ns + SECOND_NS)
         patience_ns = int(
             self.knobs.heartbeat_interval_s * self.knobs.heartbeat_misses_max * SECOND_NS
@@ -208,6 +213,8 @@ class CoordinatorMachine:
         wait_ns = int(self.knobs.layout_wait_s * SECOND_NS)
         first_ns = self._first_node_ns
         self._heard.layout_due = first_ns is not None and self.now_ns - first_ns >= wait_ns
+        interval_ns = int(self.knobs.heartbeat_interval_s * SECOND_NS)
+        self._map_is_old |= self.now_ns - self._read_ns >= interval_ns
 
     def _on_admin(self, message: Received) -> None:
         """Administration; a standby leaves it to the active coordinator."""
@@ -298,7 +305,7 @@ class CoordinatorMachine:
             return
         self._store_pending = 0
         self._timers.stop("store")
-        self._revision = stored.revision
+        self._revision, self._read_ns = stored.revision, self.now_ns
         self._take_map(from_document(stored.document) if stored.document else ShardMap())
 
     def _take_map(self, map: ShardMap) -> None:
@@ -317,6 +324,8 @@ class CoordinatorMachine:
             if map.keyspaces.get(name, wanted) != wanted
         }  # fmt: skip
         if wanted is None or wanted.writer != map.writer:
+            if old is not None and old.map_version < map.map_version:
+                self._announce(old, map)  # whoever has changed it may be gone
             return
         if self._heard.restoring and self._heard.newest is not None:
             self._heard.restoring, self._heard.newest = False, None
