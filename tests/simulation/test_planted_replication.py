@@ -254,7 +254,6 @@ def older_epochs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (backup_acknowledges_before_fsync, "R4|durability"),
         (all_is_every_reachable_member, "R4"),
-        (commit_seq_beyond_the_match, "R3|R2|durability|liveness"),
         (dedup_not_shared_while_uncommitted, "exactly once"),
     ],
 )
