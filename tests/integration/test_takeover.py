@@ -113,6 +113,8 @@ async def test_an_empty_disk_comes_back_as_a_new_member(cluster: Cluster) -> Non
     for node in ("n2", "n1"):
         cluster.kill(node)
         cluster.data(node).rename(cluster.folder / f"former-{node}")
+        # Not before its loss is noticed: else the members waited for below could be those with the lost disk.
+        await cluster.until_members(*(n for n in NODES if n != node))
         cluster.restart(node)
         await recorder.until_more(100)
         await cluster.until_members(*NODES)

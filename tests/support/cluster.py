@@ -209,9 +209,13 @@ class Cluster:
         self.kill(name)
         self._start(name)
 
+    def terminate(self, name: str) -> None:
+        """SIGTERM, and wait for nothing."""
+        self._processes[name].terminate()
+
     async def stop(self, name: str, deadline_s: float = 15.0) -> tuple[int, str]:
         """SIGTERM; the exit code and what was written."""
-        self._processes[name].terminate()
+        self.terminate(name)
         return await self.wait_exit(name, deadline_s)
 
     async def wait_exit(self, name: str, deadline_s: float = 15.0) -> tuple[int, str]:

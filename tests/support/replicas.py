@@ -101,14 +101,21 @@ async def heartbeats(cluster: Cluster, *nodes: str) -> dict[str, dict[str, Any]]
 
 
 async def until_folded(cluster: Cluster, *nodes: str) -> None:
-    """Return when the state of each of these nodes has the whole log. Nobody must be writing."""
+    """Return when these nodes follow one epoch with the same log, and the state of each has all of it. Nobody must be
+    writing."""
 
     async def is_folded() -> bool:
         beats = await heartbeats(cluster, *nodes)
-        reports = [beat["shards"][0] for beat in beats.values()]
-        return all(r["folded"] == r["commit_seq"] == r["last"][1] for r in reports)
+        reports = [beat["shards"][0] for beat in beats.values() if beat["shards"]]
+        ends = {(r["token"], *r["last"]) for r in reports}
+        return len(reports) == len(nodes) and len(ends) == 1 and all(map(_is_folded, reports))
 
     await until(is_folded)
+
+
+def _is_folded(report: dict[str, Any]) -> bool:
+    follows = report["status"] in ("active", "following")
+    return follows and report["folded"] == report["commit_seq"] == report["last"][1]
 
 
 def state_of(cluster: Cluster, node: str) -> Contents:
