@@ -83,7 +83,7 @@ class Links:
         return [
             Publish(
                 subjects.node_inbox(node),
-                encode_cbor({"type": "answers", "items": [*items.values()]}),
+                encode_cbor({"type": "told", "items": [*items.values()]}),
             )
             for node, items in tells.items()
         ]
