@@ -197,6 +197,7 @@ class NodeHost:
         await driver.listen("node", subjects.node_inbox(id))
         await driver.listen("heartbeat", subjects.any_heartbeat)
         await driver.listen("map", subjects.map_event)
+        await driver.listen("suspect", subjects.any_suspect)
         await self._bus.flush()
 
     async def _serve(self, stop: asyncio.Event) -> int:

@@ -42,6 +42,7 @@ class Control:
                 "told": self._on_told,
                 "remembered": self._on_remembered,
                 "sql": self._on_sql,
+                "beat": self._on_beat,
             }[fields["type"]]
             handle(fields, partial(self._reply_control, message))
         except (BusKVError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -51,6 +52,12 @@ class Control:
 
     def _reply_control(self, message: Received, fields: dict[str, Any]) -> None:
         self._node.reply(message, encode_cbor({"node": self._node.config.id, **fields}))
+
+    def _on_beat(self, fields: dict[str, Any], reply: Reply) -> None:
+        """A coordinator cannot wait for the next heartbeat."""
+        del fields
+        if self._node.is_running:
+            reply({"type": "beat", **self._node.heartbeat().to_wire()})
 
     def _on_hello(self, fields: dict[str, Any], reply: Reply) -> None:
         if tuple(fields["run"]) != self._node.config.run:

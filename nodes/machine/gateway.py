@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.core.circuit import Circuit
 from bus_kv.core.fate import Fate
 from bus_kv.errors import (
     BusKVError,
@@ -120,6 +121,9 @@ class Gateway:
         self._number = 0
         self._parts: dict[int, _Part] = {}
         self._wakes: list[tuple[int, int]] = []
+        self.circuit = Circuit(node.knobs.suspect_after_ms * MILLISECOND_NS)
+        self._answered_ns: dict[str, int] = {}
+        """Node -> when it answered last."""
 
     def start(
         self, request: DataRequest | ShardRequest, now_ns: int,
@@ -218,6 +222,11 @@ class Gateway:
             return self._send_anywhere(part, now_ns)
         if shard.state is not ShardState.ACTIVE:
             part.failure = ShardUnavailable(f"shard {shard.id} is {shard.state}; send it again")
+            return self._pause(part, now_ns)
+        is_own = shard.primary == self._node.config.id
+        if not (is_own or self.circuit.lets_through(shard.primary, now_ns)):
+            silence = f"{shard.primary}, the primary of shard {shard.id}, does not answer"
+            part.failure = ShardUnavailable(f"{silence}; send it again")
             return self._pause(part, now_ns)
         return self._send(part, shard, now_ns)
 
@@ -322,8 +331,12 @@ class Gateway:
         part = self._parts.pop(correlation, None)
         if part is None:
             return False
+        if not part.anywhere and body is not None:
+            self.circuit.succeed(part.node)
+            self._answered_ns[part.node] = self._node.now_ns
         if body is None:
             if not part.anywhere:
+                self.circuit.fail(part.node, self._node.now_ns)
                 self._node.suspect(part.shard, "no responders")
             gone = ShardUnavailable(f"nobody serves shard {part.shard}; send it again")
             self._on_failure(part, gone)
@@ -348,7 +361,7 @@ class Gateway:
             return self._on_failure(part, reply)
         assert part.batch is not None
         if not part.anywhere:
-            self._node.silent.pop(part.shard, None)
+            self._node.suspicions.silent.pop(part.shard, None)
         results = [
             result_of(part.batch, reply, i, part.shard, part.node) for i in range(len(part.batch))
         ]
@@ -470,8 +483,14 @@ class Gateway:
         shard = self._node.map.shards.get(part.shard)
         if shard is None or shard.epoch != part.epoch:
             return self._route_again(correlation, part, now_ns)
+        patience_ns = self._knobs.suspect_after_ms * MILLISECOND_NS
+        answered_ns = self._answered_ns.get(part.node, 0)
+        if now_ns - answered_ns < patience_ns:
+            # It is busy with others: not silent.
+            return self._wake(correlation, answered_ns + patience_ns, part)
         if not part.suspected:
             part.suspected = True
+            self.circuit.fail(part.node, now_ns)
             self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
         return self._wake(correlation, part.deadline_ns, part)
 
