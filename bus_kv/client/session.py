@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from itertools import repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.calls import PAUSE_NS_MAX, WRITING_VERBS, Call, Calls, patience_ns, pause_ns
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
     Done: TypeAlias = Callable[[Sequence[Any], Sequence[Outcome]], None]
 
+SETTLE_NS = 5 * MILLISECOND_NS
+"""How long after a change of the map what waits is sent again."""
 _by_number = attrgetter("number")
-_by_order = itemgetter(0, 1)
 _IS_FOUND = bytes(o in (b.REPLACED, b.DELETED, b.FOUND) for o in range(256))
 
 
@@ -534,7 +535,7 @@ class Session:
             self._take_routes(routes, now_ns)
 
     def _take_routes(self, routes: Routes, now_ns: int) -> None:
-        """What waits, and what nobody answers, is routed again at once."""
+        """What waits, and what nobody answers, is soon routed again."""
         is_new = self.routes is None or routes.map_version > self.routes.map_version
         self.routes = routes
         self._near.clear()
@@ -546,9 +547,12 @@ class Session:
                 if route is None or route.epoch != sent.epoch:
                     del self._sent[correlation]
                     self._on_silence(sent, now_ns)
-        paused, self._paused = self._paused, []
-        for _, _, operation in sorted(paused, key=_by_order):
-            self._route(operation, now_ns)
+        # Not in this very moment: a primary that serves from now on hears of it no sooner.
+        soon_ns = now_ns + SETTLE_NS
+        self._paused = [(min(at_ns, soon_ns), order, o) for at_ns, order, o in self._paused]
+        heapq.heapify(self._paused)
+        for _, _, operation in self._paused:
+            operation.attempts = 0
 
     def _results(self, sent: Sent, reply: BatchReply) -> list[Any]:
         """An Entry or a Receipt for every operation, made column by column."""

@@ -1,4 +1,7 @@
-"""Which nodes do not answer at the moment, so that not every request has to find out for itself."""
+"""Which nodes are silent at the moment, so that not every request has to find out for itself.
+
+Only silence counts: what nobody listens to is told at once, costs nothing, and may be heard in the next moment.
+"""
 
 from __future__ import annotations
 

@@ -50,6 +50,12 @@ if TYPE_CHECKING:
     from nodes.machine.node import NodeMachine
 
 
+PAUSE_NS = 50 * MILLISECOND_NS
+"""A part that has to wait is tried again after this."""
+SETTLE_NS = 5 * MILLISECOND_NS
+"""And so long after a change of the map: a primary that serves from now on hears of it no sooner."""
+
+
 @dataclass(slots=True)
 class Call:
     """One client request on its way; `answer` gets its result or its failure, once."""
@@ -316,10 +322,10 @@ class Gateway:
         part.anywhere = False
         self._route(part, now_ns)
 
-    def _pause(self, part: _Part, now_ns: int) -> None:
+    def _pause(self, part: _Part, now_ns: int, pause_ns: int = PAUSE_NS) -> None:
         correlation = self._node.next_correlation()
         self._parts[correlation] = part
-        self._wake(correlation, now_ns + 50 * MILLISECOND_NS, part)
+        self._wake(correlation, now_ns + pause_ns, part)
 
     def _wake(self, correlation: int, at_ns: int, part: _Part) -> None:
         heapq.heappush(self._wakes, (min(at_ns, part.deadline_ns), correlation))
@@ -336,7 +342,6 @@ class Gateway:
             self._answered_ns[part.node] = self._node.now_ns
         if body is None:
             if not part.anywhere:
-                self.circuit.fail(part.node, self._node.now_ns)
                 self._node.suspect(part.shard, "no responders")
             gone = ShardUnavailable(f"nobody serves shard {part.shard}; send it again")
             self._on_failure(part, gone)
@@ -495,10 +500,14 @@ class Gateway:
         return self._wake(correlation, part.deadline_ns, part)
 
     def on_map(self, now_ns: int) -> None:
-        """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
+        """The map changed: parts that wait, and those that nobody answers, are soon routed again."""
         for correlation, part in list(self._parts.items()):
             if part.waits or part.suspected:
-                self._route_again(correlation, part, now_ns)
+                del self._parts[correlation]
+                if not part.waits:
+                    part.abandon()
+                part.waits, part.suspected = True, False
+                self._pause(part, now_ns, SETTLE_NS)
 
     def _route_again(self, correlation: int, part: _Part, now_ns: int) -> None:
         del self._parts[correlation]
