@@ -139,6 +139,7 @@ class NodeHost:
                 "replicate": (self._subjects.shard_replicate, ""),
             },
             refuse=self._machine.door.overloaded,
+            express=self._machine.express,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         for disk in (self._log, self._state):

@@ -35,7 +35,7 @@ from bus_kv.protocol.codec import (
     encode_cbor,
     encode_json,
 )  # fmt: skip
-from bus_kv.protocol.messages import failure_headers, heartbeat_from_wire
+from bus_kv.protocol.messages import PROBE, failure_headers, heartbeat_from_wire
 from bus_kv.protocol.shard_map import (
     NodeState,
     ShardMap,
@@ -254,7 +254,7 @@ class CoordinatorMachine:
         correlation = self._next_correlation()
         self._answers[correlation] = partial(self._on_asked, node)
         subject = self.config.subjects.node_inbox(node)
-        self._effects.append(Request(correlation, subject, encode_cbor({"type": "beat"})))
+        self._effects.append(Request(correlation, subject, PROBE))
 
     def _on_asked(self, node: str, body: bytes | None) -> None:
         if body is None:

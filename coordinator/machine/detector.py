@@ -174,7 +174,7 @@ class Detector:
             return
         if suspicion.probes >= self._knobs.probes_max:
             return self._give_up(suspicion, now_ns)
-        pause_ns = self._knobs.probe_wait_ms * MILLISECOND_NS // 2
+        pause_ns = self._knobs.probe_wait_ms * MILLISECOND_NS // 3
         suspicion.due_ns = min(suspicion.due_ns, now_ns + pause_ns)
         return None
 

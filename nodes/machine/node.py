@@ -134,6 +134,7 @@ class NodeMachine:
         self.snapshots = Snapshots(self)
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
+        self.express = self._control.express
         self._map_reader = MapReader(self)
         self.is_running = False
         self._effects: list[Effect] = []

@@ -154,9 +154,9 @@ def test_a_frozen_node_is_down_after_three_probes_without_an_answer() -> None:
     watch = Watch()
     watch.silent.add("n1")
     watch.suspect("n1")
-    watch.run(0.35, "n2")
+    watch.run(0.55, "n2")
     assert watch.detector.down == set()
-    assert watch.probes == [(0, "n1"), (100, "n1"), (200, "n1")]
+    assert watch.probes == [(0, "n1"), (150, "n1"), (300, "n1")]
     watch.run(0.1, "n2")
     assert watch.detector.down == {"n1"}
 
@@ -166,7 +166,7 @@ def test_one_answer_is_enough(answers: int) -> None:
     watch = Watch()
     watch.silent.add("n1")
     watch.suspect("n1")
-    watch.run(0.1 * answers + 0.05)
+    watch.run(0.15 * answers + 0.05)
     watch.silent.clear()
     watch.beat("n1", asked=True)
     watch.run(1)
