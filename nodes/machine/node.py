@@ -317,7 +317,7 @@ class NodeMachine:
             added, row = replica.take_rows()
             if added or row is not None:
                 handed.append(replica)
-                self._effects += self._cuts(added)
+                self._effects += self.links.tell_cuts(added)
                 entries += added
                 rows += [row] if row is not None else []
             trim = replica.end_turn()
@@ -333,17 +333,6 @@ class NodeMachine:
         self._effects += self.links.take_tells()
         effects, self._effects = self._effects, []
         return Ready(effects, append)
-
-    def _cuts(self, rows: list[EntryRow | CutRow]) -> list[Publish]:
-        """What this node has to take out of its log, because another log was chosen, is said on the bus."""
-        cuts = [row for row in rows if isinstance(row, CutRow) and row.keep]
-        return [
-            Publish(
-                self.config.subjects.failover_event(row.shard),
-                encode_json({"shard": row.shard, "node": self.config.id, "cut_behind": row.last}),
-            )
-            for row in cuts
-        ]
 
     def _on_durable(self, ticket: int) -> None:
         while self._appended and self._appended[0][0] <= ticket:
