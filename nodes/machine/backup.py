@@ -41,21 +41,9 @@ class Backup:
 
     def on_append(self, fields: dict[str, Any]) -> None:
         """Entries, the primary's commit_seq and its confirm round (R1, R2)."""
-        replica = self._replica
-        epoch, token, primary = fields["epoch"], fields["token"], fields["from"]
-        if fields["to"].get(replica.node) != replica.incarnation or primary == replica.node:
+        if not self._follow(fields):
             return
-        if epoch < replica.promised[0] or (
-            epoch == replica.promised[0] and token != replica.promised[1]
-        ):
-            answer = {"type": "refused", "shard": replica.shard.id, "promised": replica.promised}
-            return replica.ports.tell(primary, answer)
-        if (epoch, token) != replica.promised:
-            replica.promise(epoch, token)
-        if replica.status in LEADING:
-            return None
-        replica.status = Status.FOLLOWING
-        self._primary, self.heard_ns = primary, replica.now_ns
+        replica = self._replica
         self._primary_commit = max(self._primary_commit, fields["commit"])
         is_new_round = fields["round"] > self._round
         self._round = max(self._round, fields["round"])
@@ -63,12 +51,37 @@ class Backup:
         end = self._join(previous, fields["entries"])
         if end is None:
             self._keep_ahead(previous, fields["entries"])
-            replica.pull.start(Member(primary, fields["to"].get(primary, "")))
+            replica.pull.start(Member(self._primary, fields["to"].get(self._primary, "")))
         else:
             self._matched = max(self._matched, end[1])
         if is_new_round or self._matched <= replica.durable_seq:
             self.acknowledge()  # else soon, when what has come is durable
-        return None
+
+    def on_confirm(self, fields: dict[str, Any]) -> None:
+        """A confirm round alone: say that nothing higher is promised (R5)."""
+        if self._follow(fields):
+            self._round = max(self._round, fields["round"])
+            self.acknowledge()
+
+    def _follow(self, fields: dict[str, Any]) -> bool:
+        """Whether what a primary says is for this replica, and of the epoch that it takes part in from now on (R1)."""
+        replica = self._replica
+        epoch, token, primary = fields["epoch"], fields["token"], fields["from"]
+        if fields["to"].get(replica.node) != replica.incarnation or primary == replica.node:
+            return False
+        if epoch < replica.promised[0] or (
+            epoch == replica.promised[0] and token != replica.promised[1]
+        ):
+            answer = {"type": "refused", "shard": replica.shard.id, "promised": replica.promised}
+            replica.ports.tell(primary, answer)
+            return False
+        if (epoch, token) != replica.promised:
+            replica.promise(epoch, token)
+        if replica.status in LEADING:
+            return False
+        replica.status = Status.FOLLOWING
+        self._primary, self.heard_ns = primary, replica.now_ns
+        return True
 
     def greet(self, shard: Shard) -> None:
         """Tell the primary of this record that nobody has told the replica anything: it will remind."""

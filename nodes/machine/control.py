@@ -39,7 +39,7 @@ class Control:
                 "active": self._on_active,
                 "fetch": self._on_fetch,
                 "snapshot": self._node.snapshots.on_question,
-                "answers": self._on_answers,
+                "told": self._on_told,
                 "remembered": self._on_remembered,
                 "sql": self._on_sql,
             }[fields["type"]]
@@ -167,8 +167,8 @@ class Control:
         except (BusKVError, KeyError, TypeError, ValueError, AttributeError, IndexError):
             return  # as good as lost: the primary will remind
 
-    def _on_answers(self, fields: dict[str, Any], reply: Reply) -> None:
-        """What backups tell the primary."""
+    def _on_told(self, fields: dict[str, Any], reply: Reply) -> None:
+        """What replicas tell one another, of all their shards at once."""
         del reply
         for item in fields["items"]:
             replica = self._node.replicas.get(item["shard"])
@@ -176,6 +176,8 @@ class Control:
                 continue
             if item["type"] == "matched":
                 replica.on_replica_answer(item)
+            elif item["type"] == "confirm":
+                replica.backup.on_confirm(item)
             elif item["type"] == "here":
                 if replica.replication is not None:
                     replica.replication.remind()

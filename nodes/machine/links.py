@@ -69,7 +69,7 @@ class Links:
     def _listen(self, replica: Replica) -> list[Effect]:
         shard = replica.shard.id
         wanted = CHANNELS[replica.status] if self._node.is_running else ()
-        if "read" in wanted and self._node.reading(shard) is None:
+        if "read" in wanted and not self._node.may_read(replica):
             wanted = tuple([channel for channel in wanted if channel != "read"])
         before = self._listening.get(shard, ())
         self._listening[shard] = wanted
@@ -83,7 +83,7 @@ class Links:
         return [
             Publish(
                 subjects.node_inbox(node),
-                encode_cbor({"type": "answers", "items": [*items.values()]}),
+                encode_cbor({"type": "told", "items": [*items.values()]}),
             )
             for node, items in tells.items()
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.endpoints import Endpoint
@@ -77,6 +78,7 @@ from nodes.machine.gateway import Gateway
 from nodes.machine.links import Links
 from nodes.machine.map_reader import MapReader
 from nodes.machine.replica import Past, Ports, Replica
+from nodes.machine.replicas import Replicas
 from nodes.machine.shard_requests import ShardRequests
 from nodes.machine.snapshot import Snapshots
 from nodes.machine.sql import SqlGateway
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
 
     from bus_kv.core.machine import Effect, Event, Fold, Load, LogRead, Mark, Query
     from bus_kv.subjects import Subjects
+    from nodes.machine.links import Then
 
 HELLO_WAIT_NS = 300 * MILLISECOND_NS
 """How long a starting node waits for another process to say that it has the same id."""
@@ -113,7 +116,7 @@ class NodeMachine:
         self.now_ns = 0
         self.sizes = Sizes(config.max_payload_bytes)
         self.answer_within_ns = knobs.answer_within_ms * MILLISECOND_NS
-        self.replicas: dict[str, Replica] = {}
+        self.replicas = Replicas()
         self.peers: dict[str, tuple[int, Heartbeat]] = {}
         """Newest heartbeat of each node, and when it came."""
         self.endpoints: dict[str, Endpoint] = {}
@@ -154,13 +157,14 @@ class NodeMachine:
 
     def new_replica(self, shard: Shard, past: Past | None = None) -> Replica:
         ports = Ports(
-            self.ask, lambda: self.now_ns, self.links.tell, self.links.call, self.snapshots.start
-        )
+            partial(self._ask_for, shard.id), lambda: self.now_ns, self.links.tell,
+            partial(self._call_for, shard.id), self.snapshots.start,
+        )  # fmt: skip
         replica = Replica(
             shard, self.config.id, self.config.incarnation, self.knobs, self.sizes, past or Past(),
             ports,
         )  # fmt: skip
-        self.replicas[shard.id] = replica
+        self.replicas.put(replica)
         for held in self.replicas.values():
             held.table.cache_bytes_max = self.knobs.cache_bytes // len(self.replicas)
         return replica
@@ -186,6 +190,24 @@ class NodeMachine:
         self._asked[query.ticket] = then
         self._effects.append(query)
 
+    def _ask_for(
+        self, shard: str, query: Any, then: Callable[[list[Any], str | None], None]
+    ) -> None:
+        """`ask` for a replica, which is looked at when the answer comes."""
+
+        def on_answer(rows: list[Any], failure: str | None) -> None:
+            self.replicas.touch(shard)
+            then(rows, failure)
+
+        self.ask(query, on_answer)
+
+    def _call_for(self, shard: str, node: str, fields: dict[str, Any], then: Then) -> None:
+        def on_answer(fields: dict[str, Any]) -> None:
+            self.replicas.touch(shard)
+            then(fields)
+
+        self.links.call(node, fields, on_answer)
+
     def start(self, now_ns: int) -> None:
         """Ask whether another process runs under this id; go on when none has said so."""
         self.now_ns = now_ns
@@ -207,6 +229,7 @@ class NodeMachine:
         """Tell the others that this process is about to end."""
         self.now_ns = now_ns
         for replica in self.replicas.values():
+            self.replicas.touch(replica.shard.id)
             replica.fail_waiting("the node is shutting down")
         if self.is_running:
             self._publish_heartbeat(leaving=True)
@@ -261,8 +284,7 @@ class NodeMachine:
         self.sql.on_deadline(now_ns)
         self.snapshots.on_deadline(now_ns)
         self.door.on_deadline(now_ns)
-        for replica in self.replicas.values():
-            replica.on_deadline(now_ns)
+        self.replicas.on_deadline(now_ns)
 
     def next_deadline_ns(self) -> int | None:
         candidates = [
@@ -272,8 +294,8 @@ class NodeMachine:
             self.snapshots.next_deadline_ns(),
             self.door.next_deadline_ns(),
             self._map_reader.next_deadline_ns(),
+            self.replicas.next_deadline_ns(),
         ]
-        candidates += [replica.next_deadline_ns() for replica in self.replicas.values()]
         return min((c for c in candidates if c is not None), default=None)
 
     @property
@@ -286,7 +308,7 @@ class NodeMachine:
         entries: list[EntryRow | CutRow] = []
         rows: list[ReplicaRow] = []
         handed: list[Replica] = []
-        for replica in self.replicas.values():
+        for replica in self.replicas.take_touched():
             added, row = replica.take_rows()
             if added or row is not None:
                 handed.append(replica)
@@ -310,6 +332,7 @@ class NodeMachine:
         while self._appended and self._appended[0][0] <= ticket:
             _, handed, callbacks = self._appended.popleft()
             for replica in handed:
+                self.replicas.touch(replica.shard.id)
                 replica.on_durable()
             for callback in callbacks:
                 callback()
@@ -394,11 +417,13 @@ class NodeMachine:
         Not a learner's, which may have nothing yet, nor what a former member still has.
         """
         replica = self.replicas.get(shard)
-        if replica is None or replica.status is not Status.FOLLOWING:
-            return self.serving(shard)
+        return replica if replica is not None and self.may_read(replica) else None
+
+    def may_read(self, replica: Replica) -> bool:
+        if replica.status is not Status.FOLLOWING:
+            return replica.status is Status.ACTIVE
         own = Member(self.config.id, self.config.incarnation)
-        whole = replica.commit_seq >= replica.whole_seq
-        return replica if whole and own in replica.shard.members else None
+        return replica.commit_seq >= replica.whole_seq and own in replica.shard.members
 
     def fetch_map(self) -> None:
         """Read the whole map from the store soon: a message shows that the own copy is old."""

@@ -317,9 +317,16 @@ class Replica:
         return rows, row
 
     def take_messages(self) -> list[dict[str, Any]]:
-        """What the primary publishes to its replicas: nothing of an epoch before its opening is durable."""
+        """What the primary publishes to its replicas: nothing of an epoch before its opening is durable.
+
+        What only some of them need is told to these.
+        """
         if self.replication is None or self.status is Status.OPENING:
             return []
+        question = self.replication.take_question(self.now_ns)
+        if question is not None:
+            for node in question[0]:
+                self.ports.tell(node, question[1])
         return self.replication.take_messages(
             self.now_ns, self.last, self.commit_seq, self.sizes.entry
         )
@@ -393,7 +400,7 @@ class Replica:
             self._writes.add(Waiting(seq, 0, deadline_ns, respond, reply, is_read))
             return None
         queue = self._alls if consistency == "all" else self._reads
-        round = replication.want_round()
+        round = replication.want_round(of_all=consistency == "all")
         queue.add(Waiting(seq, round, deadline_ns, respond, reply, is_read))
         return None
 

@@ -2,7 +2,8 @@
 
 One publish on the shard's subject reaches all of them. They answer with how far their durable log equals the primary's
 (`match`) and with the newest confirm round that they have seen (`rounds`): both only grow within an epoch, so a lost
-or repeated answer does no harm.
+or repeated answer does no harm. A confirm round without entries is asked of no more members than it takes, those that
+answered last; if one of them keeps silent, the next reminder asks all.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class Replication:
         """Seq of the epoch's opening entry: nothing below it is committed by counting (R3)."""
         self.round = 0
         """Number of the newest confirm round; a read waits for one that began after it came (R5)."""
-        self.round_wanted = False
+        self._round_wanted = False
+        self._all_wanted = False
+        """Every member is to confirm the next round."""
         self._knobs = knobs
         self._members = [member.node for member in shard.members]
         self.incarnations = {m.node: m.incarnation for m in (*shard.members, *shard.learners)}
@@ -63,23 +66,36 @@ class Replication:
         """Say at the end of this turn how things stand: a replica has come that knows of nothing."""
         self._next_ns = 0
 
-    def want_round(self) -> int:
+    def want_round(self, of_all: bool = False) -> int:
         """The number of the next confirm round: it begins at the end of this turn."""
-        self.round_wanted = True
+        self._round_wanted = True
+        self._all_wanted |= of_all
         return self.round + 1
 
     def send_entry(self, previous: Position, body: bytes) -> None:
         self._pending.append((previous, body))
 
+    def take_question(self, now_ns: int) -> tuple[list[str], dict[str, Any]] | None:
+        """Begin a round that is wanted; whom to ask to confirm it, and what, unless all are told of it anyway."""
+        if not self._round_wanted:
+            return None
+        self._round_wanted = False
+        self.round += 1
+        self.rounds[self.node] = self.round
+        if self._all_wanted or self._pending:
+            self._all_wanted = False
+            self.remind()
+            return None
+        self._next_ns = min(self._next_ns, now_ns + self._knobs.remind_ms * MILLISECOND_NS)
+        others = [node for node in self._members if node != self.node]
+        others.sort(key=lambda node: (-self.rounds[node], -self.match[node], node))
+        return others[: self.shard.quorum - 1], {"type": "confirm", **self._head()}
+
     def take_messages(
         self, now_ns: int, last: Position, commit_seq: int, bytes_max: int
     ) -> list[dict[str, Any]]:
-        """The messages of this turn: new entries, a new round, or now and then a reminder of both."""
-        if self.round_wanted:
-            self.round_wanted = False
-            self.round += 1
-            self.rounds[self.node] = self.round
-        elif not self._pending and now_ns < self._next_ns:
+        """What all replicas are told in this turn: new entries, or now and then a reminder."""
+        if not self._pending and now_ns < self._next_ns:
             return []
         if self.is_alone:
             self._pending = []
@@ -103,9 +119,14 @@ class Replication:
 
     def _message(self, previous: Position, entries: list[bytes], commit: int) -> dict[str, Any]:
         return {
-            "type": "append", "shard": self.shard.id, "epoch": self.shard.epoch,
-            "token": self.shard.token, "from": self.node, "to": self.incarnations,
-            "previous": previous, "entries": entries, "commit": commit, "round": self.round,
+            "type": "append", **self._head(), "previous": previous, "entries": entries,
+            "commit": commit,
+        }  # fmt: skip
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "shard": self.shard.id, "epoch": self.shard.epoch, "token": self.shard.token,
+            "from": self.node, "to": self.incarnations, "round": self.round,
         }  # fmt: skip
 
     def next_ns(self) -> int | None:

@@ -151,7 +151,7 @@ async def test_data_larger_than_the_cache_is_read_back(nats_url: str, tmp_path: 
         bus_kv.connect(nats_url, root=cluster.root) as db,
     ):
         at_start = _peak_bytes(cluster, "n1")
-        await db.put_many(dict.fromkeys(values, b"former").items())
+        await db.put_many(dict.fromkeys(values, b"former"))
         for at in range(0, len(values), 500):
             await db.put_many([*values.items()][at : at + 500])
             await db.count()  # waits until all of it is on disk

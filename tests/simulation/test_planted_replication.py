@@ -196,10 +196,10 @@ def read_without_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
 def read_joins_a_round_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read is confirmed by answers that may have been given before it came."""
 
-    def join(self: Replication) -> int:
+    def join(self: Replication, of_all: bool = False) -> int:
         if self.round and self.quorum(self.rounds) < self.round:
             return self.round
-        return want(self)
+        return want(self, of_all)
 
     want = Replication.want_round
     monkeypatch.setattr(Replication, "want_round", join)

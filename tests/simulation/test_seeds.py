@@ -18,6 +18,7 @@ from nodes.machine.lifetimes import Lifetimes
 from nodes.machine.loader import Loader
 from nodes.machine.node import NodeMachine
 from nodes.machine.replica import Replica
+from nodes.machine.replicas import Replicas
 from nodes.machine.replication import Replication
 from nodes.machine.status import Status
 from nodes.machine.writer import Writer
@@ -52,6 +53,20 @@ def _digest_in_a_process_of_its_own(seed: int, hash_seed: str) -> str:
         capture_output=True, text=True, check=True, timeout=60,
     )  # fmt: skip
     return result.stdout.strip()
+
+
+@pytest.mark.parametrize("seed", [3, 8, 21, 40])
+def test_a_turn_misses_nothing_of_the_replicas_that_it_does_not_look_at(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look_at_all(self: Replicas) -> list[Replica]:
+        for replica in self.values():
+            self.touch(replica.shard.id)
+        return take_touched(self)
+
+    digest, take_touched = run(seed).digest, Replicas.take_touched
+    monkeypatch.setattr(Replicas, "take_touched", look_at_all)
+    assert run(seed).digest == digest
 
 
 def ack_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:

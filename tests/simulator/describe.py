@@ -78,11 +78,13 @@ def _place(position: Any) -> str:
     return f"({position[0]}, {position[1]})"
 
 
-def _answers(fields: dict[str, Any]) -> str:
+def _told(fields: dict[str, Any]) -> str:
     return "; ".join(map(_answer, fields["items"]))
 
 
 def _answer(item: dict[str, Any]) -> str:
+    if item["type"] == "confirm":
+        return f"still epoch {item['epoch']}? round {item['round']}"
     if item["type"] == "matched":
         return f"{item['node']} matches up to {item['match']}, round {item['round']}"
     return "here I am" if item["type"] == "here" else f"refused, promised {item['promised'][0]}"
@@ -96,7 +98,7 @@ def _seal(fields: dict[str, Any]) -> str:
 
 _DESCRIBE: dict[Any, Any] = {
     "append": _append,
-    "answers": _answers,
+    "told": _told,
     "seal": _seal,
     "sealed": lambda f: f"sealed epoch {f['epoch']}, the log ends at {_place(f['last'])}",
     "open": lambda f: f"open epoch {f['record']['epoch']}, longest log {_place(f['best'])} at {f['source'][0]}",

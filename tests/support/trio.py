@@ -147,8 +147,12 @@ class Trio:
         node = self.nodes[name]
         tells, node.tells[:] = [*node.tells], []
         for to, fields in tells:
-            if fields["type"] == "matched" and to in self.nodes:
+            if to not in self.nodes:
+                continue
+            if fields["type"] == "matched":
                 self[to].on_replica_answer(fields)
+            elif fields["type"] == "confirm":
+                self[to].backup.on_confirm(fields)
 
     def fetch(self, name: str) -> None:
         """Every question for another log is answered from that node's disk, until there is none."""

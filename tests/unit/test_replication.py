@@ -95,22 +95,56 @@ def test_an_entry_of_an_earlier_epoch_is_committed_with_the_opening_entry_only(t
 
 def test_a_read_waits_for_a_round_that_begins_after_it(trio: Trio) -> None:
     first = trio.get("n1", b"k")
-    confirm = trio.messages("n1")
+    trio.messages("n1")
     second = trio.get("n1", b"k")
-    trio.deliver(confirm, "n2")
+    trio.answer("n1")
     trio.answer("n2")
     assert len(first) == 1
     assert second == [], "its round has not begun"
-    trio.deliver(trio.messages("n1"), "n2")
+    trio.messages("n1")
+    trio.answer("n1")
     trio.answer("n2")
     assert len(second) == 1
+
+
+def test_a_round_is_asked_of_no_more_members_than_it_takes(trio: Trio) -> None:
+    for _ in range(3):
+        trio.get("n1", b"k")
+        assert trio.messages("n1") == []
+        assert [to for to, fields in trio.nodes["n1"].tells if fields["type"] == "confirm"] == [
+            "n2"
+        ]
+        trio.answer("n1")
+        trio.answer("n2")
+
+
+def test_when_that_member_keeps_silent_all_are_asked_and_another_one_then(trio: Trio) -> None:
+    got = trio.get("n1", b"k")
+    trio.messages("n1")
+    trio.nodes["n1"].tells.clear()
+    trio.deliver(trio.remind("n1"), "n3")
+    trio.answer("n3")
+    assert len(got) == 1
+    trio.get("n1", b"k")
+    trio.messages("n1")
+    assert [to for to, _ in trio.nodes["n1"].tells] == ["n3"]
+
+
+def test_a_read_at_all_is_confirmed_by_every_member(trio: Trio) -> None:
+    got = trio.get("n1", b"k", "all")
+    messages = trio.messages("n1")
+    for name in ("n2", "n3"):
+        assert got == []
+        trio.deliver(messages, name)
+        trio.answer(name)
+    assert len(got) == 1
 
 
 def test_a_read_shows_committed_values_only(trio: Trio) -> None:
     trio.put("n1", b"k", b"new")
     trio.fsync("n1")
     got = trio.get("n1", b"k")
-    trio.deliver([m for m in trio.messages("n1") if not m["entries"]], "n2")
+    trio.messages("n1")
     for message in trio.remind("n1"):
         trio.deliver([{**message, "entries": []}], "n2")
     trio.answer("n2")
@@ -119,10 +153,13 @@ def test_a_read_shows_committed_values_only(trio: Trio) -> None:
 
 def test_a_former_primary_answers_no_read(trio: Trio) -> None:
     got = trio.get("n1", b"k")
-    messages = trio.messages("n1")
+    trio.messages("n1")
+    messages = trio.remind("n1")
     for name in ("n2", "n3"):
-        trio["n" + name[1]].promise(2, "t2")
+        trio[name].promise(2, "t2")
         trio.deliver(messages, name)
+    trio.answer("n1")
+    for name in ("n2", "n3"):
         trio.fsync(name)
         trio.answer(name)
     assert got == []

@@ -1,0 +1,75 @@
+"""The replicas of a node, and which of them a turn has to look at.
+
+A node may hold hundreds, and a turn is about a few: those that somebody reached for, those that got an answer, and
+those whose time has come. All others have nothing to say, so they cost nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import ValuesView
+
+    from nodes.machine.replica import Replica
+
+
+class Replicas:
+    def __init__(self) -> None:
+        self._held: dict[str, Replica] = {}
+        self._touched: set[str] = set()
+        """To be looked at in this turn."""
+        self._unplanned: set[str] = set()
+        """Whose next deadline is to be asked for again."""
+        self._deadlines_ns: dict[str, int] = {}
+
+    def put(self, replica: Replica) -> None:
+        self._held[replica.shard.id] = replica
+        self.touch(replica.shard.id)
+
+    def get(self, shard: str) -> Replica | None:
+        """The replica of a shard, to do something with it."""
+        return self[shard] if shard in self._held else None
+
+    def __getitem__(self, shard: str) -> Replica:
+        self.touch(shard)
+        return self._held[shard]
+
+    def touch(self, shard: str) -> None:
+        """Something has come for this replica, or it is about to be changed."""
+        self._touched.add(shard)
+        self._unplanned.add(shard)
+
+    def values(self) -> ValuesView[Replica]:
+        """All of them, to be read only."""
+        return self._held.values()
+
+    def __contains__(self, shard: str) -> bool:
+        return shard in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    # ---- the turn ----
+
+    def on_deadline(self, now_ns: int) -> None:
+        due = {id for id, deadline_ns in self._deadlines_ns.items() if deadline_ns <= now_ns}
+        for shard in [shard for shard in self._held if shard in due]:
+            self[shard].on_deadline(now_ns)
+
+    def take_touched(self) -> list[Replica]:
+        """Those that this turn has to look at."""
+        touched, self._touched = self._touched, set()
+        self._unplanned |= touched
+        return [replica for shard, replica in self._held.items() if shard in touched]
+
+    def next_deadline_ns(self) -> int | None:
+        """When the next of them has to be looked at although nothing has come for it."""
+        unplanned, self._unplanned = self._unplanned, {*self._touched}
+        for shard in unplanned:
+            deadline_ns = self._held[shard].next_deadline_ns()
+            if deadline_ns is None:
+                self._deadlines_ns.pop(shard, None)
+            else:
+                self._deadlines_ns[shard] = deadline_ns
+        return min(self._deadlines_ns.values(), default=None)
