@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import secrets
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +20,7 @@ from bus_kv.runtime.serve_options import knobs_of
 
 if TYPE_CHECKING:
     from bus_kv.cli.chaos_faults import Fault
-    from bus_kv.cli.chaos_run import Plan, Report
+    from bus_kv.cli.chaos_run import Plan
 
 _VIOLATIONS_SHOWN_MAX = 5
 
@@ -69,18 +71,32 @@ async def chaos(
     from bus_kv.cli.local_cluster import ClusterError
 
     faults = _faults(fault)
+    _stop_on_sigterm()
     plan = Plan(
         operations, times, keys, secrets.randbelow(1 << 32) if seed is None else seed, _knobs(knob)
     )
     call.out.note(f"seed {plan.seed}; {len(faults)} fault(s), {times} strike(s) each")
+    document: dict[str, Any] = {
+        "seed": plan.seed, "operations": operations, "times": times, "keys": keys,
+        "knobs": dict(plan.knobs), "faults": [],
+    }  # fmt: skip
     try:
-        reports, kept = await _run(call, faults, plan, data)
+        for chosen in faults:
+            if not chosen.is_possible:
+                call.out.warning(f"{chosen.name} is left out: it needs {chosen.program}")
+                continue
+            document["faults"].append(await _run(call, chosen, plan, data))
+            _write(report, document)
     except ClusterError as error:
         raise CommandFailed("CLUSTER", str(error)) from None
-    document = _document(plan, reports, kept)
-    _write(report, document)
     _tell(call, document, report)
-    return OK if all(r.verdict.is_good for r in reports) else FAILED
+    return FAILED if any(f["violations"] for f in document["faults"]) else OK
+
+
+def _stop_on_sigterm() -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 def _faults(names: list[str]) -> list[Fault]:
@@ -101,27 +117,22 @@ def _knobs(texts: list[str]) -> dict[str, float]:
     return {name: getattr(knobs, name) for name in (text.partition("=")[0] for text in texts)}
 
 
-async def _run(
-    call: Call, faults: list[Fault], plan: Plan, parent: Path
-) -> tuple[list[Report], dict[str, str]]:
-    """A report for each fault that is possible here, and where the data of those with violations are."""
+async def _run(call: Call, fault: Fault, plan: Plan, parent: Path) -> dict[str, Any]:
+    """What became of it, and where the data are, which are kept after a violation."""
     from bus_kv.cli.chaos_run import Trial
 
-    reports: list[Report] = []
-    kept: dict[str, str] = {}
-    for fault in faults:
-        if not fault.is_possible:
-            call.out.warning(f"{fault.name} is left out: it needs {fault.program}")
-            continue
-        call.out.note(f"{fault.name}: at least {plan.operations:,} operations")
-        folder = _folder(parent, fault.name)
+    call.out.note(f"{fault.name}: at least {plan.operations:,} operations")
+    folder = _folder(parent, fault.name)
+    try:
         report = await Trial(folder, fault, plan, call.out.note).run()
-        reports.append(report)
-        if report.verdict.is_good:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            kept[fault.name] = str(folder)
-    return reports, kept
+    except asyncio.CancelledError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if report.verdict.is_good:
+        shutil.rmtree(folder, ignore_errors=True)
+        return report.to_json() | {"data": None}
+    call.out.note(f"  {fault.name}: {report.verdict.violations[0]}")
+    return report.to_json() | {"data": str(folder)}
 
 
 def _folder(parent: Path, fault: str) -> Path:
@@ -130,14 +141,6 @@ def _folder(parent: Path, fault: str) -> Path:
     except OSError as error:
         reason = error.strerror or str(error)
         raise CommandFailed("FILE", f"--data {parent} cannot be written: {reason}") from None
-
-
-def _document(plan: Plan, reports: list[Report], kept: dict[str, str]) -> dict[str, Any]:
-    faults = [report.to_json() | {"data": kept.get(report.fault)} for report in reports]
-    return {
-        "seed": plan.seed, "operations": plan.operations, "times": plan.times, "keys": plan.keys,
-        "knobs": dict(plan.knobs), "faults": faults,
-    }  # fmt: skip
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ def check(calls: list[Call], evidence: Evidence) -> Verdict:
     verdict.violations += check_exactly_once(calls, evidence.log)
     verdict.violations += check_definite(calls, evidence.log)
     verdict.violations += check_told_alike(evidence)
+    verdict.violations += check_copies(evidence)
     return verdict
 
 
@@ -182,4 +183,16 @@ def check_told_alike(evidence: Evidence) -> list[str]:
     for key, history in evidence.histories.items():
         if history != by_key[key]:
             wrong.append(f"the history of {key.decode()} is not what the log says of it")
+    return wrong
+
+
+def check_copies(evidence: Evidence) -> list[str]:
+    """Every member has the same operation log, and as many operations as the one that was read."""
+    wrong = [
+        f"{node} has {copy[0]} operations, the log {len(evidence.log)}"
+        for node, copy in evidence.copies.items()
+        if copy[0] != len(evidence.log)
+    ]
+    if len(set(evidence.copies.values())) > 1:
+        wrong.append(f"members differ: {evidence.copies}")
     return wrong

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bus_kv.core.machine import Responded
 
 COORDINATORS = (COORDINATOR, "c2")
+SHARD = "s1"
+"""A fresh cluster has one."""
 _POLL_S = 0.05
 _ASK_S = 2.0
 _LEADER_DEADLINE_S = 20.0
@@ -136,7 +138,8 @@ class ChaosCluster(LocalCluster):
         return [server.folder.name for server in self._servers]
 
     async def primary(self, db: Client) -> str:
-        return str((await db.map())["shards"][0]["primary"])
+        shards = (await db.map())["shards"]
+        return str(next(shard["primary"] for shard in shards if shard["id"] == SHARD))
 
     async def active_coordinator(self) -> str:
         """Raises ClusterError when none has become active in time."""

@@ -96,10 +96,12 @@ class Logged:
 
 @dataclass
 class Evidence:
-    """What the cluster tells when everything is healed: its operation log in order, every key as it is read, and the
-    histories of some keys."""
+    """What the cluster tells when everything is healed: its operation log in order, every key as it is read, the
+    histories of some keys, and the sum of every member's copy."""
 
     log: list[Logged] = field(default_factory=list)
     final: dict[bytes, tuple[Version | None, bytes | None]] = field(default_factory=dict)
     histories: dict[bytes, list[tuple[Version, bytes | None]]] = field(default_factory=dict)
     """Key → (version, value) of every write, oldest first."""
+    copies: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Node → (operations, sum of their hashes) of its operation log, told while it was primary."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import bus_kv
 from bus_kv.cli.chaos_history import Call, Kind, Outcome
+from bus_kv.cli.local_cluster import ClusterError
 from bus_kv.errors import BusKVError, ConsistencyNotMet, PreconditionFailed
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class Load:
 
     @asynccontextmanager
     async def running(self, options: ConnectOptions) -> AsyncIterator[None]:
-        """While this lasts there is load; at its end every call has returned."""
+        """While this lasts there is load; at its end every call has returned, also after a failure of the cluster."""
+        failure: Exception | None = None
         async with AsyncExitStack() as stack:
             names = [f"chaos-{i}" for i in range(CLIENTS)]
             clients = [
@@ -65,8 +67,11 @@ class Load:
                         group.create_task(self._work(name, db, i))
                 try:
                     yield
-                finally:
-                    self._stopping.set()
+                except (ClusterError, BusKVError) as error:
+                    failure = error  # not here: the group would cancel the calls that are under way
+                self._stopping.set()
+        if failure is not None:
+            raise failure
 
     async def until_more(self, count: int) -> None:
         """Return when so many more calls have returned."""

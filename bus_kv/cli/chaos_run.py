@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import bus_kv
 from bus_kv.cli.chaos_checker import Verdict, check, check_linearizable
-from bus_kv.cli.chaos_cluster import ChaosCluster
+from bus_kv.cli.chaos_cluster import SHARD, ChaosCluster
 from bus_kv.cli.chaos_history import Call, Evidence, Logged, Outcome
 from bus_kv.cli.chaos_load import Load
 from bus_kv.cli.local_cluster import ClusterError
+from bus_kv.errors import BusKVError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ _HOLD_S_MAX = 3.0
 """A fault lasts up to this much longer than writes need to be accepted again."""
 _PERCENTILES = {"p50": 50, "p99": 99, "max": 100}
 _LOG_PAGE_ROWS = 4000
+_COPY = "SELECT count(*), sum(hash(epoch, seq, op, key, value, request_id)) FROM oplog"
 _HISTORIES = 8
 """Keys whose history is read, too."""
 
@@ -131,9 +133,9 @@ class Trial:
             await cluster.wait_whole(db, WHOLE_DEADLINE_S)
             try:
                 evidence = await self._strike_and_ask(cluster, db)
-            except ClusterError as error:
+            except (ClusterError, BusKVError) as error:
                 wrong = check_linearizable(self._report.calls)
-                self._report.verdict = Verdict(violations=[str(error), *wrong])
+                self._report.verdict = Verdict(violations=[f"stuck: {error}", *wrong])
             else:
                 self._report.verdict = check(self._report.calls, evidence)
         self._measure()
@@ -148,7 +150,7 @@ class Trial:
                 self._note(f"  {self._fault.name} {i + 1}/{self._plan.times}: whole again")
             missing = self._plan.operations - len(self._load.calls)
             await self._until_more(max(missing, 1))
-        return await gather_evidence(db, self._load.keys)
+        return await gather_evidence(db, self._load.keys, cluster.node_ids)
 
     async def _strike(self, cluster: ChaosCluster, db: Client) -> None:
         share = self._plan.operations // (self._plan.times + 1)
@@ -204,7 +206,7 @@ class Trial:
             ]  # fmt: skip
             if later:
                 injection.accepted_s = _seconds(min(later) - injection.began_ns)
-            end_ns = injection.whole_ns or monotonic_ns()
+            end_ns = injection.whole_ns or max([injection.began_ns, *returns[-1:]])
             inside = returns[
                 bisect_left(returns, injection.began_ns) : bisect_left(returns, end_ns)
             ]
@@ -225,13 +227,16 @@ def bus_kv_client(cluster: ChaosCluster) -> Any:
     return bus_kv.connect(options=cluster.connection, client_id="chaos-runner")
 
 
-async def gather_evidence(db: Client, keys: list[bytes]) -> Evidence:
+async def gather_evidence(db: Client, keys: list[bytes], nodes: list[str]) -> Evidence:
     evidence = Evidence(log=await _read_log(db))
     for entry in await db.get_many(keys):
         evidence.final[entry.key] = (entry.version, entry.value)
     for key in keys[:_HISTORIES]:
         versions = [(past.version, past.value) async for past in db.history(key)]
         evidence.histories[key] = versions[::-1]
+    for node in nodes:
+        await db.admin("transfer", {"shard": SHARD, "to": node})
+        evidence.copies[node] = tuple((await db.sql(_COPY)).rows[0])
     return evidence
 
 

@@ -220,6 +220,10 @@ WRONG: dict[str, tuple[str, list[Call], Evidence]] = {
         "is read as", CALLS, evidence(LOG, final={KEY: ((1, 3), b"b")}),
     ),
     "gone in the end": ("is read as", CALLS, evidence(LOG, final={KEY: (None, None)})),
+    "a member that has less": ("n2 has 3 operations", CALLS, evidence(LOG, copies={"n2": (3, "x")})),
+    "members that differ": (
+        "members differ", CALLS, evidence(LOG, copies={"n1": (4, "x"), "n2": (4, "y")}),
+    ),
     "a gap in the history": (
         "history", CALLS, evidence(LOG, histories={KEY: [((1, 5), b"c")]}),
     ),
