@@ -129,7 +129,7 @@ class Trial:
             self._folder, servers=self._fault.servers, links=self._fault.links,
             knobs=self._plan.knobs,
         )  # fmt: skip
-        async with cluster, bus_kv_client(cluster) as db:
+        async with cluster, bus_kv.connect(options=cluster.connection) as db:
             await cluster.wait_whole(db, WHOLE_DEADLINE_S)
             try:
                 evidence = await self._strike_and_ask(cluster, db)
@@ -221,10 +221,6 @@ class Trial:
 
 def _seconds(duration_ns: int) -> float:
     return round(duration_ns / 1e9, 3)
-
-
-def bus_kv_client(cluster: ChaosCluster) -> Any:
-    return bus_kv.connect(options=cluster.connection, client_id="chaos-runner")
 
 
 async def gather_evidence(db: Client, keys: list[bytes], nodes: list[str]) -> Evidence:
