@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from bus_kv.runtime.connection import ConnectOptions
 
 CLIENTS = 4
-WORKERS_EACH = 12
+WORKERS_EACH = 24
 _ALL_WORKERS_EACH = 2
 """So many of each client's workers write at ALL: while a member is away each of their writes takes its full time."""
 _SHARES = {"get": 40, "put": 36, "put if version": 12, "put if absent": 4, "delete": 8}
 """Of 100 calls."""
-_SLOW_PAUSE_S = 0.1
+_SLOW_PAUSE_S = 0.2
 
 
 class Load:

@@ -124,14 +124,14 @@ class Trial:
         self._report = Report(fault.name, self._load.calls)
 
     async def run(self) -> Report:
-        """Raises ClusterError and the like when the cluster cannot be started; what happens later is in the report."""
+        """Raises ClusterError and the like when the processes cannot be started; what happens later is in the report."""
         cluster = ChaosCluster(
             self._folder, servers=self._fault.servers, links=self._fault.links,
             knobs=self._plan.knobs,
         )  # fmt: skip
         async with cluster, bus_kv.connect(options=cluster.connection) as db:
-            await cluster.wait_whole(db, WHOLE_DEADLINE_S)
             try:
+                await cluster.wait_whole(db, WHOLE_DEADLINE_S)
                 evidence = await self._strike_and_ask(cluster, db)
             except (ClusterError, BusKVError) as error:
                 wrong = check_linearizable(self._report.calls)
