@@ -124,7 +124,7 @@ class Trial:
         self._report = Report(fault.name, self._load.calls)
 
     async def run(self) -> Report:
-        """Raises ClusterError and the like when the processes cannot be started; what happens later is in the report."""
+        """Raises ClusterError and the like when processes cannot be started; what happens later is in the report."""
         cluster = ChaosCluster(
             self._folder, servers=self._fault.servers, links=self._fault.links,
             knobs=self._plan.knobs,
