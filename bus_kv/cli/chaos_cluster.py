@@ -185,7 +185,7 @@ class ChaosCluster(LocalCluster):
     # ---- how it is ----
 
     async def wait_whole(self, db: Client, deadline_s: float) -> None:
-        """Return when every node is up and a member of every shard, and every shard is served.
+        """Return when the map has every node up and a member of every shard, and every shard served.
 
         Raises ClusterError with what is missing, and with the processes that have ended, when that takes too long.
         """
@@ -193,12 +193,18 @@ class ChaosCluster(LocalCluster):
         try:
             async with asyncio.timeout(deadline_s):
                 while lacks:
-                    with suppress(BusKVError):
-                        lacks = self._lacks(await db.map())
+                    lacks = await self.lacks(db)
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
             reasons = "; ".join([lacks, *self.obituaries().values()])
             raise ClusterError(f"not whole {deadline_s:.0f} s after healing: {reasons}") from None
+
+    async def lacks(self, db: Client) -> str:
+        """What the map lacks now; empty when nothing."""
+        try:
+            return self._lacks(await db.map())
+        except BusKVError as error:
+            return str(error)
 
     def _lacks(self, map: dict[str, Any]) -> str:
         missing = [

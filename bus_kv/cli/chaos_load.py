@@ -45,6 +45,8 @@ class Load:
         self._has_returned = asyncio.Event()
         self._accepted_ns = 0
         """When the youngest acknowledged write was invoked."""
+        self._everywhere_ns = 0
+        """The same of those that were acknowledged at ALL."""
         self._stopping = asyncio.Event()
 
     @property
@@ -82,6 +84,11 @@ class Load:
     async def until_accepted(self, after_ns: int) -> None:
         """Return when a write that was invoked after this moment has been acknowledged."""
         while self._accepted_ns <= after_ns:
+            await self._next_return()
+
+    async def until_everywhere(self, after_ns: int) -> None:
+        """Return when a write that was invoked after this moment is on every member's disk."""
+        while self._everywhere_ns <= after_ns:
             await self._next_return()
 
     async def _next_return(self) -> None:
@@ -134,6 +141,8 @@ class Load:
             self._known[call.key] = max(call.version, self._known.get(call.key, call.version))
         if call.is_acknowledged_write:
             self._accepted_ns = max(self._accepted_ns, call.invoked_ns)
+            if call.level == "all" and call.code is None:
+                self._everywhere_ns = max(self._everywhere_ns, call.invoked_ns)
 
     def _take_failure(self, call: Call, error: BusKVError) -> None:
         call.code = error.code

@@ -31,6 +31,7 @@ PROGRESS_DEADLINE_S = 120.0
 ACCEPTED_DEADLINE_S = 90.0
 """After this long without writes that are accepted a fault counts as a violation, though nothing is lost."""
 WHOLE_DEADLINE_S = 180.0
+TRANSFER_DEADLINE_S = 60.0
 _SHORT_SHARE = 0.3
 """Of the faults that may be short, so many end before anybody is sure to have noticed."""
 _SHORT_S_MAX = 1.5
@@ -168,7 +169,7 @@ class Trial:
         injection.healed_ns = monotonic_ns()
         await self._until_accepted(injection)
         self._load.is_slow = True
-        await cluster.wait_whole(db, WHOLE_DEADLINE_S)
+        await self._until_whole(cluster, db)
         self._load.is_slow = False
         injection.whole_ns = monotonic_ns()
 
@@ -192,6 +193,21 @@ class Trial:
             raise ClusterError(
                 f"no write was accepted for {ACCEPTED_DEADLINE_S:.0f} s after the fault befell "
                 f"{', '.join(injection.targets)}"
+            ) from None
+
+    async def _until_whole(self, cluster: ChaosCluster, db: Client) -> None:
+        """By the map, and by a write at ALL: a fault that nobody has noticed yet is not in the map."""
+        is_whole = False
+        try:
+            async with asyncio.timeout(WHOLE_DEADLINE_S):
+                while not is_whole:
+                    await cluster.wait_whole(db, WHOLE_DEADLINE_S)
+                    await self._load.until_everywhere(monotonic_ns())
+                    is_whole = not await cluster.lacks(db)
+        except TimeoutError:
+            lacks = await cluster.lacks(db) or "no write at ALL is acknowledged"
+            raise ClusterError(
+                f"not whole {WHOLE_DEADLINE_S:.0f} s after healing: {lacks}"
             ) from None
 
     # ---- afterwards ----
@@ -231,9 +247,21 @@ async def gather_evidence(db: Client, keys: list[bytes], nodes: list[str]) -> Ev
         versions = [(past.version, past.value) async for past in db.history(key)]
         evidence.histories[key] = versions[::-1]
     for node in nodes:
-        await db.admin("transfer", {"shard": SHARD, "to": node})
+        await _transfer(db, node)
         evidence.copies[node] = tuple((await db.sql(_COPY)).rows[0])
     return evidence
+
+
+async def _transfer(db: Client, node: str) -> None:
+    """A node that has just returned may have to prove itself first."""
+    end_ns = monotonic_ns() + int(TRANSFER_DEADLINE_S * 1e9)
+    while True:
+        try:
+            await db.admin("transfer", {"shard": SHARD, "to": node})
+            return
+        except BusKVError as error:
+            if not error.retriable or monotonic_ns() > end_ns:
+                raise ClusterError(f"{node} cannot become primary: {error}") from None
 
 
 async def _read_log(db: Client) -> list[Logged]:
