@@ -174,7 +174,9 @@ class Trial:
         injection.whole_ns = monotonic_ns()
 
     def _is_short(self) -> bool:
-        return self._fault.may_be_short and self._random.random() < _SHORT_SHARE
+        """The first strike lasts, so that there is a time to report."""
+        is_first = not self._report.injections
+        return self._fault.may_be_short and not is_first and self._random.random() < _SHORT_SHARE
 
     async def _until_more(self, count: int) -> None:
         try:
