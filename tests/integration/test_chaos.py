@@ -11,7 +11,7 @@ from tests.support.command import run_module
 pytestmark = pytest.mark.usefixtures("nats_binary")
 
 QUICK = ("--knob", "heartbeat_interval_s=0.2", "--knob", "lease_s=1")
-SHORT = ("--operations", "3000", "--times", "1", "--seed", "1", *QUICK)
+SHORT = ("--operations", "2000", "--times", "1", "--seed", "1", *QUICK)
 
 
 async def chaos(folder: Path, *arguments: str, code: int = 0) -> Any:
@@ -26,8 +26,8 @@ async def test_a_fault_under_load_breaks_no_promise(tmp_path: Path, fault: str):
     document = json.loads((tmp_path / "chaos-report.json").read_text())
     (report,) = document["faults"]
     assert (document["seed"], report["fault"], report["violations"]) == (1, fault, [])
-    assert report["operations"] >= 3000
-    assert report["acknowledged"] > 2000
+    assert report["operations"] >= 2000
+    assert report["acknowledged"] > 1200
     assert len(report["injections"]) == 1
     assert report["injections"][0]["accepted_s"] > 0
     assert fault in ran.text
