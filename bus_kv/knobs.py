@@ -37,6 +37,8 @@ class Knobs:
     heartbeat_interval_s: float = 5.0
     heartbeat_misses_max: int = 3
     """A node is down after this many intervals without a heartbeat."""
+    hello_wait_ms: int = 300
+    """A starting node waits this long for another process to say that it has the same id."""
     layout_wait_s: float = 5.0
     """The first shard is laid out this long after the first node, or when replication_factor nodes are there."""
     lease_s: float = 3.0

@@ -20,6 +20,7 @@ from nodes.machine.replication import Replication
 from nodes.machine.status import Status
 from nodes.machine.writer import Writer
 from tests.simulation.test_seeds import run_all
+from tests.simulator.faults import Faults
 from tests.simulator.world import Violation
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from bus_kv.core.machine import ReplicaRow, Stored
     from bus_kv.protocol.shard_map import Shard
     from coordinator.machine.roles import Roles
+    from tests.simulator.disk import Disk
+    from tests.simulator.process import Process
 
 
 def backup_acknowledges_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,10 +251,39 @@ def older_epochs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replica, "_progress", progress)
 
 
+def cut_below_commit_seq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What conflicts is cut together with the last committed entry before it."""
+
+    def deep(self: Replica, count: int) -> None:
+        cut(self, count)
+        self._rows[-1] = replace(self._rows[-1], last=self.commit_seq - 1)
+
+    cut = Replica.cut
+    monkeypatch.setattr(Replica, "cut", deep)
+
+
+def forgetting_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica answers a seal whose map does not know what it has promised."""
+    monkeypatch.setattr(control.Control, "_forgotten_by", lambda self, record, replica: None)
+
+
+def wiped_node_keeps_its_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node whose disk is lost comes back as the member that it was, with nothing."""
+
+    def same(self: Faults, process: Process, lost: Disk) -> Disk:
+        disk = new_disk(self, process, lost)
+        disk.incarnation = lost.incarnation
+        return disk
+
+    new_disk = Faults._new_disk
+    monkeypatch.setattr(Faults, "_new_disk", same)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("plant", "promise"),
     [
+        (cut_below_commit_seq, "R2"),
         (backup_acknowledges_before_fsync, "R4|durability"),
         (all_is_every_reachable_member, "R4"),
         (dedup_not_shared_while_uncommitted, "exactly once"),

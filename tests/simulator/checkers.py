@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import EntryRow
+    from bus_kv.protocol.shard_map import Shard as MapShard
     from nodes.machine.replica import Replica
     from nodes.machine.table import Record, Table
     from tests.simulator.state import Shard
@@ -75,6 +76,13 @@ def check_same(log: list[EntryRow], own: list[EntryRow], replica: Replica) -> No
             raise Violation(f"R2: {replica.node} has committed {row}, not {known.get(row.last)}")
     if max((row.last for row in own), default=replica.base_seq) < replica.commit_seq:
         raise Violation(f"R2: {replica.node} has less than it has committed")
+
+
+def check_range(log: list[Logged], shard: MapShard) -> None:
+    """A shard's log has its own keys only (R11)."""
+    for operation in log:
+        if operation.key < shard.start or (shard.end is not None and operation.key >= shard.end):
+            raise Violation(f"R11: {operation} stands in the log of {shard.id}")
 
 
 def check_exactly_once(log: list[Logged]) -> None:
