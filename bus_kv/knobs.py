@@ -115,6 +115,8 @@ class Knobs:
     """A request of administration fails after this: a coordinator takes up to 10 s to say that it could not be done."""
     client_attempt_ms: int = 2000
     """The Python client sends a message again when it has no answer after this."""
+    client_pause_ms_max: int = 500
+    """Longest pause of the Python client before it sends a message again."""
     client_window_messages: int = 4
     """Messages in flight per shard and kind; while they are, calls gather in the next message."""
     client_fill_operations: int = 128

@@ -181,6 +181,11 @@ def newest_heartbeat_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attempt, "_open", lambda self, to: {**open(self, to), "best": (0, 0)})
 
 
+def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read is answered from writes that are not committed yet."""
+    monkeypatch.setattr(Writer, "_committed", lambda self, keys: [self.latest(k) for k in keys])
+
+
 def read_without_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A QUORUM read is answered by a primary that may have been replaced."""
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tests.simulator.store import Store
     from tests.simulator.world import World
 
-TURN_NS = (10 * MICROSECOND_NS, 80 * MICROSECOND_NS)
+TURN_NS = (10 * MICROSECOND_NS, 300 * MICROSECOND_NS)
 
 
 class Process:

@@ -21,7 +21,7 @@ KINDS = (
 SAFETY_NS = {1: 6 * SECOND_NS, 3: 3 * SECOND_NS, 10: 3 * SECOND_NS // 2}
 """How long faults last in a long run, by its haste."""
 LONG_RUNS = 0.1
-"""Part of the runs that are long; the others last a third of the time."""
+"""Part of the runs that are long; the others last a quarter of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def draw_shape(world: World) -> Shape:
     is_long = random.random() < LONG_RUNS
     haste = random.choice([1, 3, 10] if is_long else [3, 10])
     return Shape(
-        nodes=random.choice([1, 2, 2, 3, 3, 3, 3, 4, 5, 7]),
+        nodes=random.choice([1, 2, 2, 3, 3, 3, 3, 3, 4, 4, 5, 7]),
         coordinators=random.randint(1, 3),
         clients=random.randint(1, 3),
         loss=random.choice([0.0, 0.0, 0.01, 0.05, 0.2]),
@@ -59,7 +59,7 @@ def draw_shape(world: World) -> Shape:
         kinds=random.sample(KINDS, random.randint(2, len(KINDS))),
         haste=haste,
         bounds=_bounds(random),
-        safety_ns=SAFETY_NS[haste] if is_long else SAFETY_NS[haste] // 3,
+        safety_ns=SAFETY_NS[haste] if is_long else SAFETY_NS[haste] // 4,
         knobs=_knobs(random, haste),
     )
 
@@ -77,11 +77,11 @@ def _knobs(random: Random, haste: int) -> Knobs:
         remind_ms=random.choice([20, 100]),
         pull_retry_ms=random.choice([30, 500]),
         replication_factor=random.choice([1, 2, 3, 3, 3, 5, 7]),
-        heartbeat_interval_s=random.choice([0.4, 1.0]) / haste,
-        heartbeat_misses_max=random.choice([2, 3]),
+        heartbeat_interval_s=random.choice([0.5, 1.0]) / haste,
+        heartbeat_misses_max=2,
         hello_wait_ms=300 // haste,
         layout_wait_s=0.5 / haste,
-        lease_s=random.choice([0.3, 1.0]) / haste,
+        lease_s=random.choice([0.6, 2.0]) / haste,
         inbox_messages_max=random.choice([8, 1000]),
         tail_operations_max=random.choice([5, 10_000]),
         cache_bytes=random.choice([1, 2000, 2500, 3000, 1_000_000]),
@@ -96,6 +96,7 @@ def _knobs(random: Random, haste: int) -> Knobs:
         answer_within_ms=random.choice([300, 1500]) // haste,
         store_timeout_ms=2000 // haste,
         client_attempt_ms=random.choice([8, 2000 // haste, 2000 // haste]),
+        client_pause_ms_max=500 // haste,
         suspect_after_ms=250 // haste,
         client_fill_operations=random.choice([1, 3]),
         turn_operations_max=random.choice([1, 4, 100]),
