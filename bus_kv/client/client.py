@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
+from collections.abc import Mapping
 from contextlib import asynccontextmanager
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -233,13 +234,14 @@ class Client:
     # ---- many at once ----
 
     async def put_many(
-        self, items: Iterable[tuple[Text, Text]], *, consistency: str | None = None,
-        ttl_ms: int | None = None, keyspace: str = "default",
+        self, items: Mapping[Any, Text] | Iterable[tuple[Text, Text]], *,
+        consistency: str | None = None, ttl_ms: int | None = None, keyspace: str = "default",
     ) -> list[Receipt]:  # fmt: skip
-        """Write many keys, not atomically; receipts in order. Raises the first failure when all have ended."""
+        """Write many keys, a mapping or pairs, not atomically; receipts in order. Raises the first failure when all
+        have ended."""
         if ttl_ms is not None:
             b.check_ttl(ttl_ms)
-        pairs = [*items]
+        pairs = [*(items.items() if isinstance(items, Mapping) else items)]
         keys = [_bytes(key) for key, _ in pairs]
         values = [_bytes(value) for _, value in pairs]
         b.check_values(values, self._value_bytes_max)

@@ -17,6 +17,7 @@ from bus_kv.core.machine import (
     Append,
     AppendCompleted,
     AppendStalled,
+    Checkpointed,
     CutRow,
     EntryRow,
     FoldStalled,
@@ -267,6 +268,8 @@ class NodeMachine:
                 self.stalled = reason
             case FoldStalled(reason):
                 self.fold_stalled = reason
+            case Checkpointed(lasts):
+                self._on_checkpoint(lasts)
             case Answered(ticket, rows, failure):
                 self._asked.pop(ticket)(rows, failure)
 
@@ -334,6 +337,12 @@ class NodeMachine:
                 replica.on_durable()
             for callback in callbacks:
                 callback()
+
+    def _on_checkpoint(self, lasts: dict[str, int]) -> None:
+        for shard, last in lasts.items():
+            replica = self.replicas.get(shard)
+            if replica is not None:
+                replica.folder.checkpointed = last
 
     # ---- messages ----
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Answered, AppendCompleted, AppendStalled, CutRow, Trim
+from bus_kv.protocol.entry import decode_entry
 from tests.simulator.describe import describe_append
 from tests.simulator.state import State
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
@@ -115,6 +116,17 @@ class Disk:
         if trim.last > mark.last:
             raise Violation(f"the log is trimmed up to {trim.last}, the state has it up to {mark}")
         self.entries[trim.shard] = [e for e in self.entries[trim.shard] if e.last > trim.last]
+
+    def goes_on(self, lasts: dict[str, int]) -> bool:
+        """Whether the log has everything behind these seqs."""
+        for row in self.replicas.values():
+            last, entries = lasts.get(row.shard, 0), self.entries.get(row.shard, [])
+            end = entries[-1].last if entries else row.base_seq
+            behind = [entry for entry in entries if entry.last > last]
+            start = decode_entry(behind[0].body).previous[1] if behind else end
+            if last != start:
+                return False
+        return True
 
     def crash(self) -> None:
         """The process died: what was under way is on disk as a prefix, possibly empty, possibly whole."""
