@@ -21,12 +21,13 @@ from nodes.machine.status import Status
 from nodes.machine.writer import Writer
 from tests.simulation.test_seeds import run_all
 from tests.simulator.faults import Faults
+from tests.simulator.state import Shard as State
 from tests.simulator.world import Violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import ReplicaRow, Stored
+    from bus_kv.core.machine import Load, ReplicaRow, Stored
     from bus_kv.protocol.shard_map import Shard
     from coordinator.machine.roles import Roles
     from tests.simulator.disk import Disk
@@ -226,6 +227,17 @@ def dedup_not_shared_while_uncommitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Writer, "accept", unknown)
 
 
+def dedup_lost_in_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a learner takes has the records, and not the requests that made them."""
+
+    def load(self: State, chunk: Load) -> None:
+        honest(self, chunk)
+        self.requests = []
+
+    honest = State.load
+    monkeypatch.setattr(State, "load", load)
+
+
 def all_is_every_reachable_member(monkeypatch: pytest.MonkeyPatch) -> None:
     """ALL is answered when a majority has it."""
     monkeypatch.setattr(Replication, "all", Replication.quorum)
@@ -289,6 +301,7 @@ def wiped_node_keeps_its_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
     ("plant", "promise"),
     [
         (cut_below_commit_seq, "R2"),
+        (dedup_lost_in_a_snapshot, "R6|exactly once"),
         (backup_acknowledges_before_fsync, "R4|durability"),
         (all_is_every_reachable_member, "R4"),
         (dedup_not_shared_while_uncommitted, "exactly once"),

@@ -7,6 +7,7 @@ linearizability per key, each in about linear time (versions make the order know
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from bus_kv.protocol import batch as b
@@ -244,6 +245,14 @@ def check_state(log: list[Logged], state: Shard) -> None:
         raise Violation("fold: the state is not what the log says up to its mark")
     if [(row[0], row[1]) for row in state.oplog] != [operation.version for operation in folded]:
         raise Violation("fold: the oplog does not hold every folded operation once, in order")
+    known = {
+        (client, number, index)
+        for client, run in state.requests
+        for number, index in zip(run[0], run[1] or repeat(0), strict=False)
+    }
+    for operation in folded:
+        if operation.identity is not None and operation.identity not in known:
+            raise Violation(f"R6: the state does not know the request {operation.identity}")
 
 
 def replayed(log: list[Logged]) -> dict[bytes, Record]:
