@@ -18,7 +18,7 @@ from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.client.calls import PAUSE_NS_MAX, WRITING_VERBS, Call, Calls, patience_ns, pause_ns
+from bus_kv.client.calls import WRITING_VERBS, Call, Calls, patience_ns, pause_ns
 from bus_kv.client.lane import Columns, Lane, Operation, Sent, columns_of, operations_of
 from bus_kv.client.results import Entry, Fates, ReadState, Receipt
 from bus_kv.core.machine import Publish, Ready, Received, Request, Responded
@@ -78,7 +78,7 @@ class Session:
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
         self._dirty: list[Lane] = []
         self._sent: dict[int, Sent] = {}
-        self._calls = Calls(self._request, self._finish)
+        self._calls = Calls(self._request, self._finish, knobs)
         self._unrouted: list[Operation] = []
         self._paused: list[tuple[int, int, Operation]] = []
         self._fetch: int | None = None
@@ -470,7 +470,7 @@ class Session:
         operation.attempts += 1
         operation.at_primary = False
         operation.note(failure)
-        at_ns = now_ns + pause_ns(operation.attempts)
+        at_ns = now_ns + pause_ns(operation.attempts, self._knobs)
         if not failure.retriable or at_ns >= operation.deadline_ns:
             return self._finish(operation.token, operation.verdict(failure))
         if failure.refreshes_map:
@@ -510,7 +510,7 @@ class Session:
         if fields is None or "code" in fields:
             self._fetch_cached = fields is not None
             self._fetch = -1
-            self._fetch_ns = now_ns + PAUSE_NS_MAX // 2
+            self._fetch_ns = now_ns + self._knobs.client_pause_ms_max * MILLISECOND_NS // 2
             return
         routes = routes_from_public(fields)
         if self.routes is None or routes.map_version >= self.routes.map_version:

@@ -270,11 +270,21 @@ _SAME_IN_DELTA = (
 
 def to_document(map: ShardMap) -> dict[str, Any]:
     """The document of the store, JSON-ready."""
-    document = asdict(map)
-    for shard in document["shards"].values():
-        for name in ("start", "end"):
-            shard[name] = _text(shard[name])
-    return document
+    return {
+        "map_version": map.map_version,
+        "last_epoch": map.last_epoch,
+        "writer": map.writer,
+        "keyspaces": {name: asdict(keyspace) for name, keyspace in map.keyspaces.items()},
+        "shards": {id: shard_to_document(shard) for id, shard in map.shards.items()},
+        "nodes": {id: _node_document(node) for id, node in map.nodes.items()},
+    }
+
+
+def _node_document(node: Node) -> dict[str, Any]:
+    return {
+        "id": node.id, "incarnation": node.incarnation, "state": node.state, "zone": node.zone,
+        "weight": node.weight,
+    }  # fmt: skip
 
 
 def from_document(document: dict[str, Any]) -> ShardMap:
@@ -293,7 +303,23 @@ def from_document(document: dict[str, Any]) -> ShardMap:
 
 
 def shard_to_document(shard: Shard) -> dict[str, Any]:
-    return {**asdict(shard), "start": _text(shard.start), "end": _text(shard.end)}
+    last = shard.last_active
+    return {
+        "id": shard.id, "keyspace": shard.keyspace, "start": _text(shard.start),
+        "end": _text(shard.end), "epoch": shard.epoch, "token": shard.token,
+        "members": _member_documents(shard.members), "primary": shard.primary,
+        "state": shard.state,
+        "last_active": last
+        and {
+            "epoch": last.epoch, "token": last.token,
+            "members": _member_documents(last.members),
+        },
+        "attempts": shard.attempts, "learners": _member_documents(shard.learners),
+    }  # fmt: skip
+
+
+def _member_documents(members: tuple[Member, ...]) -> list[dict[str, str]]:
+    return [{"node": member.node, "incarnation": member.incarnation} for member in members]
 
 
 def shard_from_document(document: dict[str, Any]) -> Shard:

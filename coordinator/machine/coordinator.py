@@ -227,16 +227,17 @@ class CoordinatorMachine:
     def _look(self) -> None:
         """Once a second: is the wait for a first layout over, is anybody to be asked, is the map to be read again.
 
-        A compare-and-set of a former leader may succeed so late that nobody announces it.
+        With heartbeats that are closer, as often as they come. The map is read because a compare-and-set of a former
+        leader may succeed so late that nobody announces it.
         """
-        self._timers.start("look", self.now_ns + SECOND_NS)
+        interval_ns = int(self._detector.settings.heartbeat_interval_s * SECOND_NS)
+        self._timers.start("look", self.now_ns + min(SECOND_NS, interval_ns))
         for id in self.map.nodes if self.map else ():
             self._detector.expect(id, self.now_ns)
         self._timers.start_once("ask", self.now_ns)
         wait_ns = int(self.knobs.layout_wait_s * SECOND_NS)
         first_ns = self._first_node_ns
         self._heard.layout_due = first_ns is not None and self.now_ns - first_ns >= wait_ns
-        interval_ns = int(self._detector.settings.heartbeat_interval_s * SECOND_NS)
         self._map_is_old |= self.now_ns - self._read_ns >= interval_ns
 
     # ---- who is there ----

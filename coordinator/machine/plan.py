@@ -156,7 +156,8 @@ def _restored(old: ShardMap, newest: ShardMap, heard: Heard, token: Callable[[],
     )
     shards = dict(newest.shards)
     for id, record in sorted(heard.records.items()):
-        if id not in shards or record.epoch > shards[id].epoch:
+        # Also of the same epoch: a replica may know that it became ACTIVE and no node's map does.
+        if id not in shards or record.epoch >= shards[id].epoch:
             shards[id] = record
     for id, shard in sorted(shards.items()):
         promises = {(r.epoch, r.token) for r in reports if r.id == id and r.epoch > shard.epoch}

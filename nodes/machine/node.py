@@ -94,8 +94,6 @@ if TYPE_CHECKING:
     from bus_kv.subjects import Subjects
     from nodes.machine.links import Then
 
-HELLO_WAIT_NS = 300 * MILLISECOND_NS
-"""How long a starting node waits for another process to say that it has the same id."""
 ENDPOINTS = (*VERBS, "shard")
 
 
@@ -218,7 +216,7 @@ class NodeMachine:
         self._hello = self.next_correlation()
         body = encode_cbor({"type": "hello", "run": self.config.run})
         self._effects.append(Request(self._hello, subject, body))
-        self._timers.start("hello", now_ns + HELLO_WAIT_NS)
+        self._timers.start("hello", now_ns + self.knobs.hello_wait_ms * MILLISECOND_NS)
 
     def _run(self) -> None:
         self.is_running, self._hello = True, None

@@ -15,7 +15,8 @@ from bus_kv.errors import BusKVError
 from bus_kv.knobs import Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.codec import encode_json
-from tests.simulator.cluster import Cluster, Shape
+from tests.simulator.cluster import Cluster
+from tests.simulator.shape import Shape
 from tests.simulator.world import MILLISECOND_NS, SECOND_NS, START_NS, World
 
 if TYPE_CHECKING:
