@@ -277,6 +277,7 @@ def to_document(map: ShardMap) -> dict[str, Any]:
         "keyspaces": {name: asdict(keyspace) for name, keyspace in map.keyspaces.items()},
         "shards": {id: shard_to_document(shard) for id, shard in map.shards.items()},
         "nodes": {id: _node_document(node) for id, node in map.nodes.items()},
+        "settings": map.settings and asdict(map.settings),
     }
 
 

@@ -16,6 +16,7 @@ from bus_kv.protocol.shard_map import (
     Member,
     Node,
     NodeState,
+    Settings,
     Shard,
     ShardMap,
     ShardState,
@@ -53,7 +54,8 @@ def maps(draw: st.DrawFn, policy: str = "range") -> ShardMap:
             shards[f"s{i}"] = make_shard(f"s{i}", start, end, i + 1)
     nodes = {"n1": Node("n1", "incarnation", NodeState.UP, "zone", 2)}
     version = draw(st.integers(1, 100))
-    return ShardMap(version, 9, "writer", {"default": Keyspace(policy)}, shards, nodes)
+    settings = draw(st.sampled_from([None, Settings(5.0, 3, 3), Settings(0.5, 2, 4, False)]))
+    return ShardMap(version, 9, "writer", {"default": Keyspace(policy)}, shards, nodes, settings)
 
 
 def owner(map: ShardMap, token: bytes) -> str | None:
