@@ -64,6 +64,9 @@ class Subjects:
     def any_node_event(self) -> str:
         return f"{self.root}.event.node.*"
 
+    def failover_event(self, shard: str) -> str:
+        return f"{self.root}.event.failover.{shard}"
+
     def suspect_event(self, node: str) -> str:
         return f"{self.root}.event.suspect.{node}"
 

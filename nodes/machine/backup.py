@@ -27,7 +27,7 @@ class Backup:
         self._replica = replica
         self.heard_ns = 0
         """When the primary was last heard."""
-        self._primary = ""
+        self.primary = ""
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -51,7 +51,7 @@ class Backup:
         end = self._join(previous, fields["entries"])
         if end is None:
             self._keep_ahead(previous, fields["entries"])
-            replica.pull.start(Member(self._primary, fields["to"].get(self._primary, "")))
+            replica.pull.start(Member(self.primary, fields["to"].get(self.primary, "")))
         else:
             self._matched = max(self._matched, end[1])
         if is_new_round or self._matched <= replica.durable_seq:
@@ -80,7 +80,7 @@ class Backup:
         if replica.status in LEADING:
             return False
         replica.status = Status.FOLLOWING
-        self._primary, self.heard_ns = primary, replica.now_ns
+        self.primary, self.heard_ns = primary, replica.now_ns
         return True
 
     def greet(self, shard: Shard) -> None:
@@ -149,7 +149,7 @@ class Backup:
             "node": replica.node, "incarnation": replica.incarnation, "match": match,
             "round": self._round,
         }  # fmt: skip
-        replica.ports.tell(self._primary, answer)
+        replica.ports.tell(self.primary, answer)
 
 
 def _check_chain(shard: str, previous: Position, entries: list[Entry]) -> None:

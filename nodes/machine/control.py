@@ -11,6 +11,7 @@ from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.messages import position_from_wire, record_from_wire, seal_from_wire
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document, to_document
+from nodes.machine.cuts import note
 from nodes.machine.status import LEADING
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Control:
                 "open": self._on_open,
                 "active": self._on_active,
                 "fetch": self._on_fetch,
+                "rolled_back": self._on_rolled_back,
                 "snapshot": self._node.snapshots.on_question,
                 "told": self._on_told,
                 "remembered": self._on_remembered,
@@ -149,6 +151,14 @@ class Control:
         after = position_from_wire(fields["after"])
         read = LogRead(0, replica.shard.id, after, self._node.sizes.entry)
         return self._node.ask(read, partial(_answer_fetch, replica, attempt, after, reply))
+
+    def _on_rolled_back(self, fields: dict[str, Any], reply: Reply) -> None:
+        """A replica of the own epoch tells what was cut from its log."""
+        replica = self._node.replicas.get(fields["shard"])
+        attempt = (fields["epoch"], fields["token"])
+        if replica is None or replica.promised != attempt or not replica.is_active:
+            return reply({"type": "refused", "reason": "this replica is not the primary"})
+        return note(replica, fields["entries"], reply)
 
     def on_answer(self, then: Callable[[dict[str, Any]], None], body: bytes | None) -> None:
         """The answer to a question of one of the replicas."""

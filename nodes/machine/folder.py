@@ -37,6 +37,7 @@ class Folder:
         self._shard, self._keyspace = shard, keyspace
         self._table, self._lifetimes, self._knobs, self._ask = table, lifetimes, knobs, ask
         self._batches: list[LoggedBatch] = []
+        self._rolled_back: list[LoggedBatch] = []
         self._end = mark
         self._since_ns: int | None = None
         """When the first of what waits was committed."""
@@ -47,9 +48,13 @@ class Folder:
         """(last seq, bytes) of entries that the log still has, oldest first."""
         self._kept_bytes = 0
 
-    def add(self, batches: list[LoggedBatch], end: Mark, entry_bytes: int, now_ns: int) -> None:
+    def add(
+        self, batches: list[LoggedBatch], rolled_back: list[LoggedBatch], end: Mark,
+        entry_bytes: int, now_ns: int,
+    ) -> None:  # fmt: skip
         """An entry was committed; its writes are in the table."""
         self._batches += batches
+        self._rolled_back += rolled_back
         self._end = end
         self.bytes += entry_bytes
         self._kept_bytes += entry_bytes
@@ -92,8 +97,11 @@ class Folder:
 
     def _fold(self) -> None:
         batches, self._batches = self._batches, []
+        rolled_back, self._rolled_back = self._rolled_back, []
         folded_bytes, self._since_ns, self._busy = self.bytes, None, True
-        fold = Fold(0, self._shard, self._keyspace, self._table.freeze(), batches, self._end)
+        fold = Fold(
+            0, self._shard, self._keyspace, self._table.freeze(), batches, self._end, rolled_back
+        )  # fmt: skip
         self._ask(fold, partial(self._on_folded, fold.mark, folded_bytes))
 
     def _on_folded(

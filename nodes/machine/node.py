@@ -159,6 +159,7 @@ class NodeMachine:
         ports = Ports(
             partial(self._ask_for, shard.id), lambda: self.now_ns, self.links.tell,
             partial(self._call_for, shard.id), self.snapshots.start,
+            partial(self._announce, shard.id),
         )  # fmt: skip
         replica = Replica(
             shard, self.config.id, self.config.incarnation, self.knobs, self.sizes, past or Past(),
@@ -582,6 +583,10 @@ class NodeMachine:
             self._effects.append(
                 Halt(1, f"node {self.config.id} runs already; stop it first or use another --id")
             )
+
+    def _announce(self, shard: str, event: dict[str, Any]) -> None:
+        subject = self.config.subjects.failover_event(shard)
+        self._effects.append(Publish(subject, encode_json(event)))
 
     def suspect(self, shard: str, reason: str) -> None:
         """Say on the bus that a shard's primary does not answer. A hint: it affects speed, never safety."""

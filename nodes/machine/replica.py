@@ -21,6 +21,7 @@ from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, ShardUnavailab
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document
 from nodes.machine.backup import Backup
+from nodes.machine.cuts import Cuts, rolled_back_in
 from nodes.machine.expiry import Expiry
 from nodes.machine.folder import Folder
 from nodes.machine.history import History
@@ -32,7 +33,7 @@ from nodes.machine.replication import Replication
 from nodes.machine.scans import Scans
 from nodes.machine.status import LEADING, Status
 from nodes.machine.table import Table
-from nodes.machine.tail import Segment, Tail, received_segment
+from nodes.machine.tail import Segment, Tail, received_segment, record_bytes
 from nodes.machine.waiters import Waiters, Waiting
 from nodes.machine.writer import Writer
 
@@ -75,6 +76,8 @@ class Ports:
     """Ask a node; no answer may ever come."""
     load: Callable[[Replica, Member], None] = lambda _replica, _source: None
     """Fetch a snapshot from the primary."""
+    announce: Callable[[dict[str, Any]], None] = lambda _event: None
+    """Say on the bus what has become of the shard."""
 
 
 class Replica:
@@ -121,6 +124,7 @@ class Replica:
         self.expiry = Expiry(self)
         self.pull = Pull(self, knobs)
         self.backup = Backup(self)
+        self.cuts = Cuts(self)
         self._filter_builder = FilterBuilder(shard.id, self.table, ask)
         self._base_time_ms = mark.time_ms
         self._rows: list[EntryRow | CutRow] = []
@@ -143,6 +147,11 @@ class Replica:
     def now_ns(self) -> int:
         return self.ports.clock()
 
+    @property
+    def primary(self) -> str:
+        """Who leads the promised epoch, as far as is known."""
+        return self.backup.primary if self.replication is None else self.node
+
     # ---- life cycle ----
 
     def restore(self, row: ReplicaRow) -> None:
@@ -155,6 +164,10 @@ class Replica:
         self.promised, self.durable_promise = old.promised, old.durable_promise
         self.opened_epoch, self.base_seq = old.opened_epoch, base_seq
         self.policy, self.members_for_all = old.policy, old.members_for_all
+        if old.last[1] > old.commit_seq or old.cuts.is_due:
+            # Of its end nobody knows yet whether it was committed elsewhere.
+            self._rows.append(CutRow(self.shard.id, old.commit_seq, self.promised[0]))
+            self.cuts.found()
         self._rows.append(CutRow(self.shard.id, 0, self.promised[0], keep=False))
         self._row_changed = True
 
@@ -213,10 +226,7 @@ class Replica:
         self.opened_epoch = shard.epoch
         self.status = Status.OPENING
         self.time_ms = max(self.time_ms, time_ms)
-        seq = self.last[1] + 1
-        segment = Segment(shard.epoch, seq, self.last, self.time_ms, shard_to_document(shard), seq)
-        segment.remembered = True
-        self.tail.append(segment)
+        seq = self._append_record(shard_to_document(shard))
         self.replication = Replication(shard, self.node, self.knobs, seq)
         self._on_opened = opened
 
@@ -291,6 +301,19 @@ class Replica:
             segment.remembered = True
             self.tail.append(segment)
         return segment
+
+    def append_record(self, record: dict[str, Any]) -> None:
+        """Put an entry without operations at the end of the log."""
+        self.time_ms = max(self.time_ms, self.now_ns // 1_000_000)
+        self._append_record(record)
+
+    def _append_record(self, record: dict[str, Any]) -> int:
+        seq = self.last[1] + 1
+        segment = Segment(self.promised[0], seq, self.last, self.time_ms, record, seq)
+        segment.batch_bytes = record_bytes(record)
+        segment.remembered = True
+        self.tail.append(segment)
+        return seq
 
     def take_decided(self) -> None:
         """Make entries of what was decided since the last turn."""
@@ -427,6 +450,7 @@ class Replica:
         last = self.last[1]
         self._rows.append(CutRow(self.shard.id, last, self.promised[0]))
         self._cuts += 1
+        self.cuts.found()
         self.durable_seq = min(self.durable_seq, last)
         segments = self.tail.segments
         self.time_ms = segments[-1].time_ms if segments else self._base_time_ms
@@ -444,7 +468,7 @@ class Replica:
 
     def _apply(self, segment: Segment) -> None:
         table = self.table
-        if segment.record is not None:
+        if segment.is_opening:
             self.lineage.append((segment.epoch, segment.first))
         table.apply(segment.writes, segment.logged, segment.keys, segment.data_bytes)
         self.lifetimes.add(segment.writes)
@@ -453,7 +477,8 @@ class Replica:
             segment.epoch, segment.last, segment.time_ms, table.keys, table.data_bytes,
             tuple(self.lineage),
         )  # fmt: skip
-        self.folder.add(segment.logged, end, segment.batch_bytes, self.now_ns)
+        rolled_back = rolled_back_in(segment.record)
+        self.folder.add(segment.logged, rolled_back, end, segment.batch_bytes, self.now_ns)
 
     def fate(self, version: Version) -> str:
         """What became of a write: "primary", "quorum", "all", "rolled_back" or "unknown" (R4)."""
@@ -481,6 +506,7 @@ class Replica:
         if self.status is Status.ACTIVE:
             self._filter_builder.build_if_needed(self.now_ns)
         self.writer.end_turn()
+        self.cuts.tell_if_due()
         replication = self.replication
         others_have = min(replication.match.values()) if replication else self.commit_seq
         return self.folder.trim(others_have)
@@ -488,7 +514,7 @@ class Replica:
     def next_deadline_ns(self) -> int | None:
         deadlines = [
             *(queue.next_ns() for queue in self._queues), *self.writer.deadlines(),
-            self.folder.next_ns(), self.pull.next_ns(),
+            self.folder.next_ns(), self.pull.next_ns(), self.cuts.next_ns(),
         ]  # fmt: skip
         if self.status is Status.ACTIVE:
             deadlines.append(self.expiry.next_ns())
