@@ -45,6 +45,7 @@ class Backup:
             return
         replica = self._replica
         self._primary_commit = max(self._primary_commit, fields["commit"])
+        replica.everywhere_seq = max(replica.everywhere_seq, fields.get("everywhere", 0))
         is_new_round = fields["round"] > self._round
         self._round = max(self._round, fields["round"])
         previous = (fields["previous"][0], fields["previous"][1])

@@ -109,6 +109,8 @@ class Replica:
         """How keys map to tokens; the node sets it from the keyspace."""
         self.members_for_all = 1
         """min(replication_factor, nodes of the map): how many members ALL takes (R4)."""
+        self.everywhere_seq = 0
+        """Up to here every member of an epoch with so many members has had the log, as far as primaries have said."""
         self.operations = 0
         """Operations answered since the start of the process."""
         self.replication: Replication | None = None
@@ -164,6 +166,7 @@ class Replica:
         self.promised, self.durable_promise = old.promised, old.durable_promise
         self.opened_epoch, self.base_seq = old.opened_epoch, base_seq
         self.policy, self.members_for_all = old.policy, old.members_for_all
+        self.everywhere_seq = old.everywhere_seq
         if old.last[1] > old.commit_seq or old.cuts.is_due:
             # Of its end nobody knows yet whether it was committed elsewhere.
             self._rows.append(CutRow(self.shard.id, old.commit_seq, self.promised[0]))
@@ -228,6 +231,7 @@ class Replica:
         self.time_ms = max(self.time_ms, time_ms)
         seq = self._append_record(shard_to_document(shard))
         self.replication = Replication(shard, self.node, self.knobs, seq)
+        self.replication.everywhere = self.everywhere_seq
         self._on_opened = opened
 
     @property
@@ -394,6 +398,9 @@ class Replica:
         self._writes.release(self.commit_seq, ANY_ROUND)
         self._reads.release(self.commit_seq, replication.quorum(replication.rounds))
         all_seq = min(self.commit_seq, replication.all(replication.match))
+        if len(replication.shard.members) >= self.members_for_all:
+            self.everywhere_seq = max(self.everywhere_seq, all_seq)
+            replication.everywhere = self.everywhere_seq
         self._alls.release(all_seq, replication.all(replication.rounds))
 
     # ---- answers ----
@@ -481,21 +488,20 @@ class Replica:
         self.folder.add(segment.logged, rolled_back, end, segment.batch_bytes, self.now_ns)
 
     def fate(self, version: Version) -> str:
-        """What became of a write: "primary", "quorum", "all", "rolled_back" or "unknown" (R4)."""
+        """What became of a write: "primary", "quorum", "all", "rolled_back" or "unknown" (R4).
+
+        "all": it has been durable on every member of a configuration with enough members for ALL. That stays true when
+        a member is replaced, whose successor may be catching up still; so does the answer, unless a primary dies in the
+        moment in which it has seen it and nobody else has heard.
+        """
         epoch, seq = version
         if epoch == self.shard.epoch and self.commit_seq < seq <= self.last[1]:
             return "primary" if seq <= self.durable_seq else "unknown"
         ends = [*(first for _, first in self.lineage[1:]), self.commit_seq + 1]
         for (own, first), end in zip(self.lineage, ends, strict=True):
             if own == epoch and first < seq < end:
-                return "all" if self._is_everywhere(seq) else "quorum"
+                return "all" if seq <= self.everywhere_seq else "quorum"
         return "rolled_back" if epoch < self.shard.epoch else "unknown"
-
-    def _is_everywhere(self, seq: int) -> bool:
-        replication = self.replication
-        if replication is None or len(replication.shard.members) < self.members_for_all:
-            return False
-        return replication.all(replication.match) >= seq
 
     # ---- the turn ----
 
