@@ -16,6 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import duckdb
+import pyarrow as pa
 
 from bus_kv.core.machine import Answered, Fold, FoldStalled, Load, Mark, Sql
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
@@ -29,6 +30,7 @@ from nodes.state_file import (
     explain,
     first_line,
     is_corruption,
+    is_refused,
     set_aside,
 )
 from nodes.state_fold import FoldWriter, largest_value
@@ -246,8 +248,8 @@ class StateStore:
             while not self._closing.is_set():
                 fold = self._folds.take(IDLE_S)
                 if fold is not None:
-                    self._write_until_done(fold)
-                    self._on_event(Answered(fold.ticket))
+                    failure = self._write_until_done(fold)
+                    self._on_event(Answered(fold.ticket, failure=failure))
                 self._look_after()
             if self._file.wal_bytes():
                 self._checkpoint()
@@ -259,14 +261,22 @@ class StateStore:
             log.exception("the state failed")
             self._on_failure(DiskError(f"the state {self.path} failed: {error!r}"))
 
-    def _write_until_done(self, effect: Fold | Load) -> None:
-        told, done = "", False
-        self._file.expect(effect.shard, largest_value(effect))
+    def _write_until_done(self, effect: Fold | Load) -> str | None:
+        """None; or why a chunk of a snapshot cannot be written: another node has sent it, so it spoils nothing here."""
+        told, done, failure = "", False, None
         while not done:
             try:
+                self._file.expect(effect.shard, largest_value(effect))
                 self._write(effect)
                 done = True
+            except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+                if not (isinstance(effect, Load) and effect.table):
+                    raise
+                failure, done = first_line(error), True
             except duckdb.Error as error:
+                if isinstance(effect, Load) and effect.table and is_refused(error):
+                    failure = first_line(error)
+                    break
                 reason = self._overcome(error)
                 if reason and reason != told:
                     told = reason
@@ -275,6 +285,11 @@ class StateStore:
                     self._wait()
         if told:
             self._on_event(FoldStalled(""))
+        if failure is not None:
+            log.warning(
+                "a chunk of a snapshot of shard %s is not usable: %s", effect.shard, failure
+            )
+        return failure
 
     def _write(self, effect: Fold | Load) -> None:
         known = self._file.known

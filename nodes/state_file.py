@@ -384,5 +384,14 @@ def is_corruption(error: duckdb.Error) -> bool:
     return any(sign in str(error) for sign in _CORRUPT)
 
 
+def is_refused(error: duckdb.Error) -> bool:
+    """Whether the rows themselves cannot be written: they break a constraint, or are of another shape."""
+    kinds = (
+        duckdb.ConstraintException, duckdb.ConversionException, duckdb.BinderException,
+        duckdb.InvalidInputException, duckdb.OutOfRangeException, duckdb.TypeMismatchException,
+    )  # fmt: skip
+    return isinstance(error, kinds) and not is_corruption(error)
+
+
 def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), repr(error))

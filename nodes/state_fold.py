@@ -156,15 +156,16 @@ class FoldWriter:
     def load(self, load: Load, table: ShardTable) -> None:
         """Write a chunk of a snapshot, or begin or end it. Raises duckdb.Error."""
 
+        if load.table:
+            return write_chunk(self._cursor, load, table)
+
         def write(db: DuckDBPyConnection) -> None:
             if load.mark is not None:
                 set_mark(db, load.shard, load.mark)
-            elif load.table:
-                write_chunk(db, load, table)
             else:
                 clear_shard(db, load.shard, table)
 
-        transaction(self._cursor, write)
+        return transaction(self._cursor, write)
 
     def close(self) -> None:
         for name in self._sources:

@@ -229,13 +229,17 @@ class State:
             self._notify(FoldStalled("no space left"))
             self._world.after(200 * MILLISECOND_NS, lambda: self._commit(life))
             return
-        self._write(self._folds[0])
-        self._world.after(self._random.randint(*QUERY_NS), lambda: self._complete(life))
+        effect = self._folds[0]
+        is_chunk = isinstance(effect, Load) and bool(effect.table)
+        failure = "refused" if is_chunk and self._random.random() < 0.02 else None
+        if failure is None:
+            self._write(effect)
+        self._world.after(self._random.randint(*QUERY_NS), lambda: self._complete(life, failure))
 
-    def _complete(self, life: int) -> None:
+    def _complete(self, life: int, failure: str | None) -> None:
         if life == self._life:
             self._notify(FoldStalled(""))
-            self._notify(Answered(self._folds.pop(0).ticket))
+            self._notify(Answered(self._folds.pop(0).ticket, failure=failure))
             if self._folds:
                 self._begin_fold()
 

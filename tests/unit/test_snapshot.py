@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
-from bus_kv.core.machine import Mark
+from bus_kv.core.machine import Answered, AppendCompleted, Load, Mark
 from bus_kv.knobs import SECOND_NS, Knobs
 from bus_kv.protocol.shard_map import Keyspace, Member, Shard, ShardMap, ShardState
 from bus_kv.subjects import Subjects
@@ -71,3 +71,25 @@ def test_in_the_next_epoch_the_new_primary_is_asked() -> None:
     learner.node.snapshots.start(learner.node.replicas["s1"], B)
     assert learner.calls[-1][0] == "b"
     assert learner.calls[-1][1]["place"] is None, "from the beginning"
+
+
+def test_a_learner_begins_anew_after_a_chunk_that_its_disk_refuses() -> None:
+    learner = Learner()
+    learner.ask_for_snapshot()(chunk())
+    node = learner.node
+    append = node.take_ready(node.now_ns).append
+    assert append is not None
+    node.step(AppendCompleted(append.ticket), node.now_ns)
+    loads = loads_in(node)
+    assert [load.table for load in loads] == [""]
+    node.step(Answered(loads[0].ticket), node.now_ns)
+    loads = loads_in(node)
+    assert [load.table for load in loads] == ["kv"]
+    node.step(Answered(loads[0].ticket, failure="a key is there twice"), node.now_ns)
+    assert [(load.table, load.mark) for load in loads_in(node)] == [("", None)]
+    learner.ask_for_snapshot()
+    assert node.replicas["s1"].is_learner
+
+
+def loads_in(node: NodeMachine) -> list[Load]:
+    return [effect for effect in node.take_ready(node.now_ns).effects if isinstance(effect, Load)]
