@@ -49,6 +49,7 @@ class Backup:
         is_new_round = fields["round"] > self._round
         self._round = max(self._round, fields["round"])
         previous = (fields["previous"][0], fields["previous"][1])
+        replica.heard_end(previous[1])
         end = self._join(previous, fields["entries"])
         if end is None:
             self._keep_ahead(previous, fields["entries"])

@@ -424,7 +424,7 @@ class NodeMachine:
         if replica.status is not Status.FOLLOWING:
             return replica.status is Status.ACTIVE
         own = Member(self.config.id, self.config.incarnation)
-        return replica.commit_seq >= replica.whole_seq and own in replica.shard.members
+        return replica.is_whole and own in replica.shard.members
 
     def fetch_map(self) -> None:
         """Read the whole map from the store soon: a message shows that the own copy is old."""

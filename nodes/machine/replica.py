@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from nodes.machine.tail import Position
 
 ANY_ROUND = 2**62
+NOT_KNOWN_SEQ = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,8 @@ class Replica:
         self.base_seq = 0
         """Where the own log begins, after a snapshot."""
         self.whole_seq = 0
-        """Up to here a snapshot may have holes that the log behind it fills."""
+        """Up to here a snapshot may have holes that the log behind it fills. After a restart that is not known: it is
+        the end of the primary's log, as soon as that is heard."""
         self.is_stranded = False
         """No log reaches back to where this one ends, and a member must not throw its own away: only as a learner."""
         self.tail = Tail((mark.epoch, mark.last))
@@ -160,6 +162,13 @@ class Replica:
         """Take up what the disk remembers, before `replay`."""
         self.promised = self.durable_promise = (row.promised_epoch, row.promised_token)
         self.opened_epoch, self.base_seq = row.opened_epoch, row.base_seq
+        if row.base_seq:
+            self.whole_seq = NOT_KNOWN_SEQ
+
+    def heard_end(self, seq: int) -> None:
+        """The primary's log has come at least so far: no snapshot of it was taken further on before."""
+        if self.whole_seq == NOT_KNOWN_SEQ:
+            self.whole_seq = seq
 
     def succeed(self, old: Replica, base_seq: int) -> None:
         """Take the place of a learner's replica whose log is thrown away; what it promised stays promised (R1)."""
@@ -240,6 +249,11 @@ class Replica:
         own = Member(self.node, self.incarnation)
         current = (self.shard.epoch, self.shard.token) == self.promised
         return current and self.shard.state is ShardState.ACTIVE and own in self.shard.learners
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what is committed here has no holes."""
+        return self.commit_seq >= self.whole_seq
 
     @property
     def is_active(self) -> bool:
