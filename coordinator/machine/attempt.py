@@ -24,6 +24,8 @@ class Attempt:
     sealed: dict[Member, tuple[int, int]] = field(default_factory=dict)
     """Member of the last active configuration -> (epoch, seq) of the end of its log."""
     opened: bool = False
+    is_unreached: bool = False
+    """The primary cannot get the longest of the sealed logs: who has it begins too far behind."""
 
     @property
     def id(self) -> tuple[int, str]:
@@ -68,7 +70,9 @@ class Attempt:
         }  # fmt: skip
 
     def on_answer(self, member: Member, fields: dict[str, Any]) -> None:
-        """Take a seal report or the news that the epoch is open; anything else changes nothing."""
+        """Take a seal report or the news that the epoch is open or never will be; else nothing changes."""
+        if fields.get("unreached") == [*self.id]:
+            self.is_unreached = True
         if (fields.get("epoch"), fields.get("token")) != self.id:
             return
         if fields["type"] == "sealed":

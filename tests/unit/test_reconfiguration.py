@@ -13,6 +13,7 @@ from bus_kv.core.machine import (
     Publish,
     Received,
     Request,
+    Responded,
     StoreCas,
     Stored,
     StoreGet,
@@ -224,6 +225,9 @@ class Coordinator:
         cas = self.take(StoreCas)
         self.answer(cas, 1, cas.document)
         self.answer(self.take(StoreGet), 2, to_document(self.map))
+        self.beat()
+
+    def beat(self) -> None:
         statuses = {1: "restarted", 2: "following", 3: "following"}
         for node, status in statuses.items():
             body = encode_json(beat(node, shard_of(), status).to_wire())
@@ -285,6 +289,49 @@ def test_only_the_attempt_that_opened_becomes_active() -> None:
     heard.opened = {"s1": (5, "t5")}
     new = plan.next_map(old, heard, Knobs(), lambda: "w")
     assert new.shards["s1"].state is ShardState.ACTIVE
+
+
+# ---- attempts that come to nothing ----
+
+
+def answer_requests(coordinator: Coordinator, effects: list[Any], answers: dict[str, Any]) -> None:
+    """Answer the questions to these nodes."""
+    for effect in effects:
+        node = effect.subject.split(".")[2] if isinstance(effect, Request) else ""
+        if node in answers:
+            coordinator.step(Responded(effect.correlation, encode_cbor(answers[node])))
+
+
+def test_a_primary_that_cannot_get_the_longest_log_makes_way_for_who_has_it() -> None:
+    coordinator = Coordinator()
+    cas = coordinator.take(StoreCas)
+    record = cas.document["shards"]["s1"]
+    epoch, token, primary = record["epoch"], record["token"], record["primary"]
+    assert primary == "n1"
+    coordinator.answer(cas, 3, cas.document)
+    sealed = {"type": "sealed", "epoch": epoch, "token": token}
+    ends = {"n1": {**sealed, "last": [5, 10]}, "n3": {**sealed, "last": [5, 3000]}}
+    answer_requests(coordinator, coordinator.effects(), ends)
+    refusal = {"type": "refused", "reason": "trimmed", "unreached": [epoch, token]}
+    answer_requests(coordinator, coordinator.effects(), {"n1": refusal})
+    again = coordinator.take(StoreCas).document["shards"]["s1"]
+    assert (again["epoch"], again["primary"]) == (epoch + 1, "n3")
+
+
+def test_a_new_primary_says_at_once_that_the_longest_log_begins_too_far_behind() -> None:
+    node = NodeMachine(NodeConfig("n2", "i2", (1, "r"), Subjects("x"), 1 << 20), Knobs())
+    node.new_replica(shard_of()).promise(5, "t5")
+    record = plan.reconfigured(shard_of(), Roles(MEMBERS[:3], "n2"), 6, "t6")
+    message = {
+        "type": "open", "record": shard_to_document(record), "best": (5, 9), "source": ["n1", "i1"]
+    }  # fmt: skip
+    node.step(Received("node", "n2", encode_cbor(message), "reply"), SECOND_NS)
+    effects = node.take_ready(SECOND_NS).effects
+    [question] = [effect for effect in effects if isinstance(effect, Request)]
+    trimmed = encode_cbor({"type": "trimmed"})
+    node.step(Responded(question.correlation, trimmed), SECOND_NS)
+    [refusal] = replies(node.take_ready(SECOND_NS).effects)
+    assert (refusal["type"], refusal["unreached"]) == ("refused", [6, "t6"])
 
 
 # ---- R1: the report of a seal ----
