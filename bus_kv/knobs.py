@@ -44,7 +44,10 @@ class Knobs:
     step_retry_ms: int = 500
     """An unanswered seal, open or announcement is sent again after this."""
     attempt_patience_ms: int = 5000
-    """A reconfiguration that has not come to its end after this is begun again under a new epoch."""
+    """A reconfiguration that has not come to its end after this is begun again under a new epoch; the next one has
+    twice the time."""
+    attempt_patience_max_s: float = 3600.0
+    """And so on, up to this: all attempts stand in the map until one succeeds."""
     store_timeout_ms: int = 2000
     """A request to the map's store without an answer after this is of unknown outcome."""
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
 from bus_kv.protocol.shard_map import Member, shard_to_document
 
 if TYPE_CHECKING:
+    from bus_kv.knobs import Knobs
     from bus_kv.protocol.shard_map import Shard
 
 
@@ -30,6 +32,12 @@ class Attempt:
     @property
     def id(self) -> tuple[int, str]:
         return self.shard.epoch, self.shard.token
+
+    def patience_ns(self, knobs: Knobs) -> int:
+        """How long it may take: twice as long as the one before it, so that the record of attempts stays small."""
+        first_ns = knobs.attempt_patience_ms * MILLISECOND_NS
+        doubled_ns = first_ns << min(len(self.shard.attempts), 32)
+        return min(doubled_ns, max(first_ns, int(knobs.attempt_patience_max_s * SECOND_NS)))
 
     @property
     def is_sealed(self) -> bool:

@@ -270,10 +270,10 @@ class CoordinatorMachine:
         if self.map is None or self._map_is_old:
             self._map_is_old = False
             return self._read_map()
-        patience_ns = self.knobs.attempt_patience_ms * MILLISECOND_NS
         self._heard.running = {
-            id: a.id for id, a in self._attempts.items() if self.now_ns - a.started_ns < patience_ns
-        }
+            id: a.id for id, a in self._attempts.items()
+            if self.now_ns - a.started_ns < a.patience_ns(self.knobs)
+        }  # fmt: skip
         self._heard.opened = {id: a.id for id, a in self._attempts.items() if a.opened}
         wanted = next_map(self.map, self._heard, self.knobs, self.config.token)
         if wanted is not self.map:

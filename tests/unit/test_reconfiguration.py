@@ -30,6 +30,7 @@ from bus_kv.protocol.shard_map import (
     Shard,
     ShardMap,
     ShardState,
+    from_document,
     shard_to_document,
     to_document,
 )  # fmt: skip
@@ -214,10 +215,10 @@ def test_an_operator_moves_the_primary() -> None:
 class Coordinator:
     """An active coordinator over a map in which n1, the primary of s1, has just restarted."""
 
-    def __init__(self) -> None:
+    def __init__(self, knobs: Knobs | None = None) -> None:
         tokens = count()
         config = CoordinatorConfig("c1", Subjects("x"), lambda: f"token{next(tokens)}")
-        self.machine = CoordinatorMachine(config, Knobs())
+        self.machine = CoordinatorMachine(config, knobs or Knobs())
         self.now_ns = SECOND_NS
         self.map = map_of(shard_of(), nodes=3)
         self.machine.start(self.now_ns)
@@ -332,6 +333,29 @@ def test_a_new_primary_says_at_once_that_the_longest_log_begins_too_far_behind()
     node.step(Responded(question.correlation, trimmed), SECOND_NS)
     [refusal] = replies(node.take_ready(SECOND_NS).effects)
     assert (refusal["type"], refusal["unreached"]) == ("refused", [6, "t6"])
+
+
+def test_the_record_stays_small_while_nodes_beat_and_never_answer() -> None:
+    """For a day: attempts follow one another ever more slowly."""
+    coordinator = Coordinator(Knobs(heartbeat_interval_s=60.0))
+    begun: list[int] = []
+    while coordinator.now_ns < 24 * 3600 * SECOND_NS:
+        while effects := coordinator.effects():
+            for effect in effects:
+                if isinstance(effect, StoreCas) and effect.key == "map":
+                    begun.append(coordinator.now_ns)
+                    coordinator.map = from_document(effect.document)
+                    coordinator.answer(effect, 3 + len(begun), effect.document)
+                elif isinstance(effect, StoreCas):
+                    coordinator.answer(effect, 3, effect.document)
+                elif isinstance(effect, StoreGet):
+                    coordinator.answer(effect, 3 + len(begun), to_document(coordinator.map))
+        coordinator.pass_ms(60_000)
+        coordinator.beat()
+    attempts = coordinator.map.shards["s1"].attempts
+    assert len(attempts) == len(begun) - 1
+    assert begun[1] - begun[0] <= 60 * SECOND_NS
+    assert len(attempts) < 40
 
 
 # ---- R1: the report of a seal ----
