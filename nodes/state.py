@@ -26,6 +26,7 @@ from nodes.log import STALL_RETRY_S, DiskError, DiskFull
 from nodes.sql import SqlRefused, run_query
 from nodes.state_file import (
     Invalidated,
+    NoMemory,
     StateFile,
     explain,
     first_line,
@@ -66,6 +67,8 @@ CHECKPOINT_PAUSE = 20
 much to replay after a crash, which DuckDB does slowly."""
 CHECKPOINT_BYTES_MIN = 1 << 20
 """Less than this is replayed at once."""
+CHECKPOINT_MEMORY_SHARE = 8
+"""Rows that are not checkpointed yet are in memory: their log is checkpointed at this part of it."""
 CHECKPOINT_RETRY_S = 1.0
 INTERRUPT_INTERVAL_S = 0.05
 ATTACH_TRIES_MAX = 150
@@ -117,7 +120,9 @@ class StateStore:
         self.path = self._file.path
         self._clock = Clock()
         self._retention = Retention(oplog_keep_s, oplog_keep_bytes, dedup_window_ms, clients_max)
-        self._checkpoint_wal_bytes = checkpoint_wal_bytes
+        self._checkpoint_wal_bytes = min(
+            checkpoint_wal_bytes, (memory_mb << 20) // CHECKPOINT_MEMORY_SHARE
+        )  # fmt: skip
         self._checkpoint_interval_ns = int(checkpoint_interval_s * SECOND_NS)
         self._checkpoint_due_ns = self._clock.now_ns() + self._checkpoint_interval_ns
         self._checkpoint_not_before_ns = 0
@@ -315,6 +320,9 @@ class StateStore:
     def _overcome(self, error: duckdb.Error) -> str:
         """Make it possible to try again; the reason if there has to be more space for it. Raises DiskError."""
         problem = explain(self.path, error)
+        if isinstance(problem, NoMemory):
+            self._checkpoint()  # what is in the file needs not be in memory
+            return str(problem)
         if isinstance(problem, DiskFull):
             return str(problem)
         if isinstance(problem, Invalidated):

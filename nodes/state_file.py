@@ -81,6 +81,10 @@ FROM state.oplog JOIN state.marks ON marks.shard = oplog.shard
 """
 
 
+class NoMemory(DiskFull):
+    """DuckDB has no memory left for what it was to do."""
+
+
 class Invalidated(DiskError):
     """DuckDB has given this attachment of the file up; the file itself may be whole."""
 
@@ -369,7 +373,7 @@ def explain(path: Path, error: Exception) -> DiskError:
     if any(sign in str(error) for sign in _FULL):
         return DiskFull(f"no space left for {path}")
     if isinstance(error, duckdb.OutOfMemoryException) or any(n in text for n in _NO_MEMORY):
-        return DiskFull(f"not enough memory to write {path}: {text}")
+        return NoMemory(f"not enough memory to write {path}: {text}")
     if isinstance(error, duckdb.FatalException) or "has been invalidated" in str(error):
         return Invalidated(f"the state {path} failed: {text}")
     if isinstance(error, OSError):

@@ -499,7 +499,9 @@ class Replica:
             tuple(self.lineage),
         )  # fmt: skip
         rolled_back = rolled_back_in(segment.record)
-        self.folder.add(segment.logged, rolled_back, end, segment.batch_bytes, self.now_ns)
+        self.folder.add(
+            segment.logged, rolled_back, segment.writes, end, segment.batch_bytes, self.now_ns
+        )  # fmt: skip
 
     def fate(self, version: Version) -> str:
         """What became of a write: "primary", "quorum", "all", "rolled_back" or "unknown" (R4).

@@ -128,11 +128,18 @@ class Table:
 
     # ---- the fold ----
 
-    def freeze(self) -> Writes:
-        """What the next fold carries to disk."""
+    def freeze(self, records: Writes | None = None) -> Writes:
+        """What the next fold carries to disk: everything, or `records`, the newest of the oldest entries."""
         assert not self.frozen, "one fold at a time"
-        self.frozen, self.dirty = self.dirty, {}
-        return self.frozen
+        if records is None:
+            self.frozen, self.dirty = self.dirty, {}
+            return self.frozen
+        dirty = self.dirty
+        for key, record in records.items():
+            if key in dirty and dirty[key] is record:
+                del dirty[key]
+        self.frozen = records
+        return records
 
     def folded(self) -> None:
         """The fold is on disk: its records are no longer held for it."""
