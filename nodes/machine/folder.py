@@ -121,7 +121,8 @@ class Folder:
             records = self._table.freeze()
         else:
             # The newest record of a key may be of an entry behind the mark.
-            records = self._table.freeze({k: r for entry in taken for k, r in entry.writes.items()})
+            records = {key: r for entry in taken for key, r in entry.writes.items()}
+            self._table.freeze(records, [entry.writes for entry in self._waiting])
         fold = Fold(
             0, self._shard, self._keyspace, records,
             [batch for entry in taken for batch in entry.batches], taken[-1].end,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Answered, Fold, Mark
 from bus_kv.knobs import Knobs
+from bus_kv.protocol.batch import DELETE, Batch
 from nodes.machine.folder import FOLD_MEMORY_SHARE, Folder
 from nodes.machine.lifetimes import Lifetimes
 from nodes.machine.table import UNKNOWN, Table
@@ -75,6 +76,29 @@ def test_what_is_too_much_for_one_fold_goes_in_several(tmp_path: Path) -> None:
     assert (folding.table.dirty, folding.table.frozen) == ({}, {})
     assert state.fetch("SELECT count(*) FROM state.oplog") == [(folding.last,)]
     state.store.close()
+
+
+def test_a_key_that_is_deleted_in_several_folds_is_gone_at_the_end() -> None:
+    asked: list[tuple[Fold, Any]] = []
+    table, writer = Table(Mark(), 1), Writer()
+    folder = Folder(
+        "s1", "default", Mark(), table, Lifetimes(all_known=True), Knobs(fold_bytes=1),
+        lambda query, then: asked.append((query, then)),
+    )  # fmt: skip
+    delete = Batch(bytes([DELETE]), [b"k"])
+    for batch in (puts([b"k"]), delete, puts([b"k"]), delete):
+        entry = writer.fold(batch)
+        table.apply(entry.records, entry.batches, 0, 0)
+        folder.add(entry.batches, [], entry.records, entry.mark, 2, 0)
+    disk: dict[bytes, Any] = {}
+    for _ in range(4):
+        folder.fold_if_due(1 << 62)
+        fold, then = asked.pop()
+        assert fold.records.keys() == {b"k"}
+        disk |= fold.records
+        then([], None)
+    assert disk == {b"k": None}
+    assert (table.dirty, table.frozen) == ({}, {})
 
 
 def test_a_barrier_waits_for_the_last_of_them() -> None:
