@@ -61,6 +61,8 @@ class Knobs:
     """Bytes appended and not yet durable, per shard; past it OVERLOADED at once."""
     calls_max: int = 8192
     """Requests that wait at a gateway for other nodes, or at a shard for its log; past it OVERLOADED at once."""
+    parked_bytes_max: int = 64 << 20
+    """Keys and values of requests that wait at a gateway, or at a shard for its disk; past it OVERLOADED at once."""
     suspect_after_ms: int = 250
     """A forward without an answer for this long raises a suspicion on the bus."""
     answer_within_ms: int = 1500
