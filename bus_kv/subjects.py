@@ -64,11 +64,19 @@ class Subjects:
     def any_node_event(self) -> str:
         return f"{self.root}.event.node.*"
 
+    def suspect_event(self, node: str) -> str:
+        return f"{self.root}.event.suspect.{node}"
+
+    @property
+    def any_suspect(self) -> str:
+        return f"{self.root}.event.suspect.*"
+
     def failover_event(self, shard: str) -> str:
         return f"{self.root}.event.failover.{shard}"
 
-    def suspect_event(self, node: str) -> str:
-        return f"{self.root}.event.suspect.{node}"
+    @property
+    def any_failover(self) -> str:
+        return f"{self.root}.event.failover.*"
 
     @property
     def any_admin(self) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import bus_kv
@@ -76,13 +77,30 @@ def _open_state(options: NodeOptions, node_log: NodeLog) -> StateStore:
         options.data, node_log.incarnation, memory_mb=knobs.duckdb_memory_mb,
         oplog_keep_s=knobs.oplog_keep_s, oplog_keep_bytes=knobs.oplog_keep_mb << 20,
         dedup_window_ms=knobs.dedup_window_ms, clients_max=knobs.dedup_clients_max,
+        goes_on=partial(_goes_on, node_log),
     )  # fmt: skip
+
+
+def _goes_on(node_log: NodeLog, marks: dict[str, Mark]) -> bool:
+    """Whether the log has everything behind these marks."""
+    for row in node_log.replicas():
+        last, end = marks.get(row.shard, Mark()).last, node_log.end(row.shard)
+        if not end and last != row.base_seq:
+            return False
+        if end and (last > end or _start_of(node_log, row.shard, last) != last):
+            return False
+    return True
+
+
+def _start_of(node_log: NodeLog, shard: str, last: int) -> int:
+    """The seq before the first entry that ends behind `last`; `last` itself when there is none."""
+    entry = next(node_log.entries(shard, after=last), None)
+    return last if entry is None else decode_entry(entry.body).previous[1]
 
 
 def _check_start(node_log: NodeLog, shard: str, mark: Mark) -> None:
     """The log has to begin where the state ends, or before. Raises DiskError."""
-    entry = next(node_log.entries(shard, after=mark.last), None)
-    start = mark.last if entry is None else decode_entry(entry.body).previous[1]
+    start = _start_of(node_log, shard, mark.last)
     if start != mark.last:
         had = f"the state has it up to {mark.last}" if mark.last else "a new state has nothing"
         raise DiskError(
@@ -139,6 +157,7 @@ class NodeHost:
                 "replicate": (self._subjects.shard_replicate, ""),
             },
             refuse=self._machine.door.overloaded,
+            express=self._machine.express,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         for disk in (self._log, self._state):
@@ -199,6 +218,7 @@ class NodeHost:
         await driver.listen("node", subjects.node_inbox(id))
         await driver.listen("heartbeat", subjects.any_heartbeat)
         await driver.listen("map", subjects.map_event)
+        await driver.listen("suspect", subjects.any_suspect)
         await self._bus.flush()
 
     async def _serve(self, stop: asyncio.Event) -> int:

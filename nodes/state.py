@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 import duckdb
 import pyarrow as pa
 
-from bus_kv.core.machine import Answered, Fold, FoldStalled, Load, Mark, Sql
+from bus_kv.core.machine import Answered, Checkpointed, Fold, FoldStalled, Load, Mark, Sql
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.threads import NamedThread
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
     from bus_kv.core.machine import Query
-    from nodes.state_file import ShardTable
+    from nodes.state_file import GoesOn, ShardTable
     from nodes.state_queries import PointQuery
 
     OnEvent: TypeAlias = Callable[[Any], object]
@@ -115,8 +115,9 @@ class StateStore:
         self, directory: Path, incarnation: str, *, memory_mb: int = 768, oplog_keep_s: float,
         oplog_keep_bytes: int, dedup_window_ms: int, clients_max: int = 100_000,
         checkpoint_wal_bytes: int = 64 << 20, checkpoint_interval_s: float = 300.0,
+        goes_on: GoesOn | None = None,
     ) -> None:  # fmt: skip
-        self._file = StateFile(directory, incarnation, memory_mb)
+        self._file = StateFile(directory, incarnation, memory_mb, goes_on)
         self.path = self._file.path
         self._clock = Clock()
         self._retention = Retention(oplog_keep_s, oplog_keep_bytes, dedup_window_ms, clients_max)
@@ -386,6 +387,8 @@ class StateStore:
             log.info("checkpoint of %d bytes took %d ms; folds waited", wal_bytes, took_ms)
             self._checkpoint_due_ns = ended_ns + self._checkpoint_interval_ns
             self._checkpoint_again_ns = ended_ns + CHECKPOINT_PAUSE * (ended_ns - began_ns)
+            marks = self._file.known
+            self._on_event(Checkpointed({shard: mark.last for shard, mark in marks.items()}))
             return
         self._checkpoint_not_before_ns = self._clock.now_ns() + int(CHECKPOINT_RETRY_S * SECOND_NS)
 

@@ -4,6 +4,9 @@ The instance itself holds nothing but views, so that a failed write of the file 
 instance: detaching and attaching again replays the file's own write-ahead log. After the first attachment external
 access is off and the configuration is locked; only this file can still be attached. A new file is made complete under
 another name and renamed, so a file of this name always says whose it is.
+
+DuckDB replays its write-ahead log row by row, which takes it many seconds over a large table. Where the node's own log
+goes on from the last checkpoint, the file starts from there and that log is thrown away.
 """
 
 from __future__ import annotations
@@ -26,14 +29,18 @@ from nodes.state_snapshot import clear_shard
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import TypeAlias
 
     from duckdb import DuckDBPyConnection
+
+    GoesOn: TypeAlias = Callable[[dict[str, Mark]], bool]
 
 FORMAT_VERSION = 2
 STATE_NAME = "state.duckdb"
 TEMPORARY_NAME = "state.tmp"
 TEMPORARY_SIZE_MAX = "4GB"
 """What queries may spill to disk; the disk is needed for the log."""
+PEEK_NAME = "state.peek"
 WAL_SUFFIXES = (".wal", ".wal.checkpoint", ".wal.recovery")
 
 _SCHEMA = """
@@ -103,7 +110,10 @@ class ShardTable:
 class StateFile:
     """Cursors may be asked for by any thread; everything else is for one thread."""
 
-    def __init__(self, directory: Path, incarnation: str, memory_mb: int) -> None:
+    def __init__(
+        self, directory: Path, incarnation: str, memory_mb: int, goes_on: GoesOn | None = None
+    ) -> None:
+        """`goes_on` tells whether the node's log goes on from these marks."""
         self.path = directory / STATE_NAME
         self._guard = threading.Lock()
         self.tables: dict[str, ShardTable] = {}
@@ -115,6 +125,8 @@ class StateFile:
             _clear(directory)
             if not self.path.exists():
                 _create(directory, incarnation)
+            elif goes_on is not None and _last_checkpoint_suffices(directory, goes_on):
+                _drop_wal(directory)
             self._instance = self._open(directory, memory_mb)
         except (duckdb.Error, OSError) as error:
             raise explain(self.path, error) from None
@@ -207,14 +219,7 @@ class StateFile:
             return self._instance.cursor()
 
     def marks(self) -> dict[str, Mark]:
-        rows = self._instance.execute(
-            "SELECT shard, epoch, last, time_ms, keys, data_bytes, lineage FROM state.marks "
-            "ORDER BY number"
-        ).fetchall()
-        return {
-            shard: Mark(epoch, last, time_ms, keys, size, tuple(map(tuple, json.loads(lineage))))
-            for shard, epoch, last, time_ms, keys, size, lineage in rows
-        }
+        return _marks(self._instance)
 
     def add_shard(self, shard: str, keyspace: str) -> ShardTable:
         """Make room for a shard: its table and a mark that says that nothing is folded."""
@@ -285,8 +290,45 @@ def _clear(directory: Path) -> None:
     """Take away what a killed process left unfinished. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / TEMPORARY_NAME, ignore_errors=True)
+    (directory / PEEK_NAME).unlink(missing_ok=True)
     for suffix in ("", *WAL_SUFFIXES):
         (directory / f"{STATE_NAME}.new{suffix}").unlink(missing_ok=True)
+
+
+def _marks(db: DuckDBPyConnection) -> dict[str, Mark]:
+    rows = db.execute(
+        "SELECT shard, epoch, last, time_ms, keys, data_bytes, lineage FROM state.marks "
+        "ORDER BY number"
+    ).fetchall()
+    return {
+        shard: Mark(epoch, last, time_ms, keys, size, tuple(map(tuple, json.loads(lineage))))
+        for shard, epoch, last, time_ms, keys, size, lineage in rows
+    }
+
+
+def _last_checkpoint_suffices(directory: Path, goes_on: GoesOn) -> bool:
+    """Whether the file without its write-ahead log, and the node's log behind it, have everything. Raises OSError."""
+    if not any((directory / f"{STATE_NAME}{suffix}").exists() for suffix in WAL_SUFFIXES):
+        return False
+    # Under another name no write-ahead log belongs to the file.
+    peek = directory / PEEK_NAME
+    os.link(directory / STATE_NAME, peek)
+    try:
+        with duckdb.connect(":memory:") as db:
+            db.execute(f"ATTACH {_quoted(str(peek))} AS state (READ_ONLY)")
+            marks = _marks(db)
+    except duckdb.Error:
+        return False  # what is wrong will be told when the file is opened
+    finally:
+        peek.unlink()
+    return goes_on(marks)
+
+
+def _drop_wal(directory: Path) -> None:
+    """The log of commits last: without it the others mean nothing. Raises OSError."""
+    for suffix in reversed(WAL_SUFFIXES):
+        (directory / f"{STATE_NAME}{suffix}").unlink(missing_ok=True)
+    _sync_directory(directory)
 
 
 def _create(directory: Path, incarnation: str) -> None:

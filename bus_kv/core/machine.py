@@ -88,8 +88,22 @@ class FoldStalled:
     reason: str
 
 
+@dataclass(slots=True)
+class Checkpointed:
+    """The state is whole up to these seqs, by shard, without the write-ahead log of its own."""
+
+    lasts: dict[str, int]
+
+
 Event: TypeAlias = (
-    Received | Responded | AppendCompleted | AppendStalled | Stored | Answered | FoldStalled
+    Received
+    | Responded
+    | AppendCompleted
+    | AppendStalled
+    | Stored
+    | Answered
+    | FoldStalled
+    | Checkpointed
 )
 
 # ---- effects: something to do ----

@@ -28,6 +28,8 @@ class Attempt:
     opened: bool = False
     is_unreached: bool = False
     """The primary cannot get the longest of the sealed logs: who has it begins too far behind."""
+    sealed_ns: int = 0
+    opened_ns: int = 0
 
     @property
     def id(self) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from tests.support.replicas import assert_once_in_log, until_logs_equal
 
 FOLD_AT_ONCE = (
     "--knob=fold_interval_ms=20", "--knob=fold_bytes=10000", "--knob=log_keep_bytes=10000",
+    "--knob=log_bytes_max=10000",
     "--knob=unfolded_bytes_max=60000",
 )  # fmt: skip
 

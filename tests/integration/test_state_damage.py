@@ -31,7 +31,9 @@ async def templates(
     """Data directories of stopped nodes n1 with VALUES: one with its whole log, one whose log was trimmed."""
     folder = tmp_path_factory.mktemp("template")
     for name, log_keep_bytes in (("whole", 1 << 30), ("trimmed", 10_000)):
-        knobs: dict[str, Any] = {"fold_interval_ms": 20, "log_keep_bytes": log_keep_bytes}
+        knobs: dict[str, Any] = {
+            "fold_interval_ms": 20, "log_keep_bytes": log_keep_bytes, "log_bytes_max": log_keep_bytes
+        }  # fmt: skip
         async with cluster_on(nats_url, folder / name, nodes=1, **knobs) as cluster:
             await put_values(cluster)
             assert await sql(cluster, "SELECT count(*) FROM kv") == [[KEYS]]

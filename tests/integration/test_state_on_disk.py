@@ -16,6 +16,7 @@ FOLD_AT_ONCE: dict[str, Any] = {
     "fold_interval_ms": 20,
     "fold_bytes": 10_000,
     "log_keep_bytes": 20_000,
+    "log_bytes_max": 20_000,
 }
 NEVER_MS = 10**13
 KILLS = 12
@@ -50,16 +51,21 @@ async def get_all(cluster: Cluster, keys: list[str], batch: int = 100) -> dict[s
 # ---- kills ----
 
 
-async def test_kill_after_kill_every_write_is_there_once(nats_url: str, tmp_path: Path) -> None:
-    """The log keeps nothing that the state has, so whatever a kill leaves in neither is missed."""
-    knobs: dict[str, Any] = {"fold_interval_ms": 100, "log_keep_bytes": 1}
+@pytest.mark.parametrize("log_bytes_max", [1, 1 << 30], ids=["fold", "checkpoint"])
+async def test_kill_after_kill_every_write_is_there_once(
+    nats_url: str, tmp_path: Path, log_bytes_max: int
+) -> None:
+    """The log keeps nothing that the state or its checkpoint has: whatever a kill leaves in neither is missed."""
+    knobs: dict[str, Any] = {
+        "fold_interval_ms": 100, "log_keep_bytes": 1, "log_bytes_max": log_bytes_max
+    }  # fmt: skip
     async with cluster_on(nats_url, tmp_path, nodes=1, **knobs) as cluster:
         recorder = Recorder(cluster)
         await _kill_again_and_again(cluster, recorder)
         await recorder.stop()
         await recorder.until_all_expired()
         _, first, _ = entries_in_log(cluster.data("n1"))
-        assert first > 1, "nothing was trimmed"
+        assert (first > 1) == (log_bytes_max == 1), "the log is trimmed behind the fold"
         await recorder.assert_values()
         await recorder.assert_oplog()
         await recorder.assert_history()

@@ -14,6 +14,7 @@ from bus_kv.core.machine import (
     CutsRead,
     Trim,
 )  # fmt: skip
+from bus_kv.protocol.entry import decode_entry
 from tests.simulator.describe import describe_append
 from tests.simulator.state import State
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
@@ -37,6 +38,8 @@ class Disk:
         self.cuts: dict[str, list[tuple[int, EntryRow]]] = {}
         """Per shard (place, entry) of what was cut and not told yet."""
         self._cut_count = 0
+        self.ends: dict[tuple[str, int], int] = {}
+        """Last seq that was ever durable here, by shard and epoch."""
         self.state = State(world, name, self)
         self.replicas: dict[str, ReplicaRow] = {}
         self.incarnation = f"i{self._random.getrandbits(32):08x}"
@@ -96,6 +99,7 @@ class Disk:
                 else:
                     rows.append(row)
                     self.ever[row.shard, row.epoch, row.last] = row
+                    self.ends[row.shard, row.epoch] = row.last
             for replica in append.replicas:
                 self.replicas[replica.shard] = replica
             self.map = append.map or self.map
@@ -134,6 +138,17 @@ class Disk:
         if trim.last > mark.last:
             raise Violation(f"the log is trimmed up to {trim.last}, the state has it up to {mark}")
         self.entries[trim.shard] = [e for e in self.entries[trim.shard] if e.last > trim.last]
+
+    def goes_on(self, lasts: dict[str, int]) -> bool:
+        """Whether the log has everything behind these seqs."""
+        for row in self.replicas.values():
+            last, entries = lasts.get(row.shard, 0), self.entries.get(row.shard, [])
+            end = entries[-1].last if entries else row.base_seq
+            behind = [entry for entry in entries if entry.last > last]
+            start = decode_entry(behind[0].body).previous[1] if behind else end
+            if last != start:
+                return False
+        return True
 
     def crash(self) -> None:
         """The process died: what was under way is on disk as a prefix, possibly empty, possibly whole."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
     Answered,
+    Checkpointed,
     ClientsOf,
     Expiring,
     Fold,
@@ -186,6 +187,7 @@ class State:
         self._notify: Callable[[Any], None] = lambda _: None
         self._folds: list[Fold | Load] = []
         self._life = 0
+        self._checkpoint = pickle.dumps(self.shards)
 
     def open(self, notify: Callable[[Any], None]) -> None:
         self._notify = notify
@@ -240,17 +242,25 @@ class State:
         if life == self._life:
             self._notify(FoldStalled(""))
             self._notify(Answered(self._folds.pop(0).ticket, failure=failure))
+            if self._random.random() < 0.2:
+                self._checkpoint = pickle.dumps(self.shards)
+                lasts = {id: shard.mark.last for id, shard in self.shards.items()}
+                self._notify(Checkpointed(lasts))
             if self._folds:
                 self._begin_fold()
 
     def crash(self) -> None:
-        """A fold under way is there, or not."""
+        """A fold under way is there, or not; what came after the last checkpoint may come from the node's log again."""
         self._life += 1
         if self._folds and self._world.now_ns >= self._disk.full_until_ns:
             fold = self._folds[0]
             if self.shard(fold.shard).mark != fold.mark and self._random.random() < 0.5:
                 self._write(fold)
         self._folds = []
+        checkpoint: dict[str, Shard] = pickle.loads(self._checkpoint)
+        lasts = {id: shard.mark.last for id, shard in checkpoint.items()}
+        if self._random.random() < 0.5 and self._disk.goes_on(lasts):
+            self.shards = checkpoint
         for shard in self.shards.values():
             if not shard.mark.last:
                 shard.clear()  # a snapshot that did not come to its end is nothing

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bus_kv.core.machine import Answered, Fold, LoggedBatch, Lookup, Mark
+from bus_kv.core.machine import Answered, Checkpointed, Fold, LoggedBatch, Lookup, Mark
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch
 from nodes.state import StateStore
@@ -28,8 +28,15 @@ class State:
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.store = open_state(directory, **settings)
         self.events: queue.Queue[Any] = queue.Queue()
+        self.checkpoints: list[dict[str, int]] = []
         self.failures: queue.Queue[Any] = queue.Queue()
-        self.store.start(self.events.put, self.failures.put)
+        self.store.start(self._on_event, self.failures.put)
+
+    def _on_event(self, event: Any) -> None:
+        if isinstance(event, Checkpointed):
+            self.checkpoints.append(event.lasts)
+        else:
+            self.events.put(event)
 
     def next_event(self) -> Any:
         return self.events.get(timeout=ANSWER_WITHIN_S)

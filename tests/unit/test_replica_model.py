@@ -65,7 +65,11 @@ class ReplicaMachine(RuleBasedStateMachine):
     def start(self, cache_bytes: int, runs: int, fold_bytes: int, lookup_bytes: int) -> None:
         self.lookup_bytes = lookup_bytes
         self.knobs = Knobs(
-            cache_bytes=cache_bytes, dedup_runs_max=runs, fold_bytes=fold_bytes, log_keep_bytes=1
+            cache_bytes=cache_bytes,
+            dedup_runs_max=runs,
+            fold_bytes=fold_bytes,
+            log_keep_bytes=1,
+            log_bytes_max=1,
         )
         self.restart()
 

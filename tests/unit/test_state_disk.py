@@ -12,7 +12,7 @@ from typing import Any
 import duckdb
 import pytest
 
-from bus_kv.core.machine import Lookup
+from bus_kv.core.machine import Lookup, Mark
 from nodes.log import DiskError, DiskFull
 from nodes.state import set_aside
 from nodes.state_file import explain
@@ -73,6 +73,39 @@ def test_a_killed_process_leaves_whole_folds(tmp_path: Path) -> None:
         state.store.close()
         shutil.rmtree(copy)
     assert last > ROUNDS
+
+
+def test_a_killed_process_starts_from_the_last_checkpoint_where_the_log_goes_on(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    acknowledged = kill_while_it_folds(data, 3, 30)
+    assert (data / f"{FILE}.wal").stat().st_size > 0
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    told: list[dict[str, Mark]] = []
+
+    def goes_on(marks: dict[str, Mark]) -> bool:
+        told.append(marks)
+        return True
+
+    state = State(data, goes_on=goes_on)
+    assert told == [state.store.marks()]
+    last = told[0]["s1"].last
+    assert 0 < last < acknowledged
+    assert state.contents("s1") == folded_until(3, last)
+    state.store.close()
+    state = State(copy, goes_on=lambda _: False)
+    assert state.store.marks()["s1"].last >= acknowledged
+    state.store.close()
+
+
+def test_a_checkpoint_is_told_with_what_it_has(tmp_path: Path) -> None:
+    state, writer = State(tmp_path, checkpoint_wal_bytes=1), Writer()
+    for key in (b"a", b"b"):
+        state.do(writer.fold(puts([key])))
+    state.store.close()
+    assert state.checkpoints[-1] == {"s1": writer.on_disk.mark.last}
 
 
 def kill_while_it_folds(data: Path, seed: int, folds: int) -> int:
