@@ -35,8 +35,15 @@ class Knobs:
 
     replication_factor: int = 3
     heartbeat_interval_s: float = 5.0
+    """This and the next two begin in the map of a fresh cluster; there `bus-kv config set` changes them."""
     heartbeat_misses_max: int = 3
     """A node is down after this many intervals without a heartbeat."""
+    heartbeat_good_min: int = 3
+    """A node that was down is preferred as a primary again after this many heartbeats in a row."""
+    probes_max: int = 3
+    """A node that is suspected and answers none of so many probes is down at once."""
+    probe_wait_ms: int = 150
+    """How long a probe is waited for; the last one twice as long. Where nobody listens the next one follows sooner."""
     hello_wait_ms: int = 300
     """A starting node waits this long for another process to say that it has the same id."""
     layout_wait_s: float = 5.0

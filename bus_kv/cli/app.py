@@ -8,7 +8,20 @@ import sys
 import typer
 
 import bus_kv
-from bus_kv.cli import admin, bench, cluster, data, doctor, load, oplog, query, serve, up
+from bus_kv.cli import (
+    admin,
+    bench,
+    chaos,
+    cluster,
+    data,
+    doctor,
+    explain,
+    load,
+    oplog,
+    query,
+    serve,
+    up,
+)
 from bus_kv.cli.command import Call, command
 from bus_kv.runtime.process import FAILED, OK
 
@@ -37,7 +50,7 @@ async def version(call: Call) -> int:
     return OK
 
 
-for part in (up, serve, data, load, query, oplog, cluster, admin, doctor, bench):
+for part in (up, serve, data, load, query, oplog, cluster, admin, explain, doctor, bench, chaos):
     part.register(app)
 command(app, "version")(version)
 

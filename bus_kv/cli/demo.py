@@ -16,7 +16,9 @@ import sys
 import tempfile
 import unicodedata
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -49,6 +51,10 @@ _STREAM_WRITES_EACH = 60
 _KILL_AFTER_WRITES = 1000
 """Acknowledged writes of the stream after which the primary is killed."""
 _STREAM_DEADLINE_S = 60.0
+_LONG_S = 0.25
+"""A write that took longer had to wait."""
+_DEAD_S_MAX = 1.5
+"""The killed primary stays dead until another one serves, but not longer than this."""
 
 
 _CHARACTERS_MIN = 5000
@@ -240,15 +246,30 @@ async def _change(demo: Demo) -> None:
 
 @dataclass
 class _Stream:
-    """Writers, each with its own keys, writing again and again; what was acknowledged to them."""
+    """Writers, each with its own keys, writing again and again; what was acknowledged to them, and when."""
 
     acknowledged: int = 0
-    longest_s: float = 0.0
+    durations_s: list[float] = field(default_factory=list)
+    killed_at: float = inf
+    accepted_at: float | None = None
+    """When a write was acknowledged that had begun after the kill."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
+    accepted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def note(self, started: float) -> None:
+        """A write that had started then was acknowledged now."""
+        now = perf_counter()
+        self.acknowledged += 1
+        self.durations_s.append(now - started)
+        if self.acknowledged == _KILL_AFTER_WRITES:
+            self.reached.set()
+        if started > self.killed_at and self.accepted_at is None:
+            self.accepted_at = now
+            self.accepted.set()
 
 
 async def _crash(demo: Demo) -> None:
-    primary = (await demo.db.map())["shards"][0]["primary"]
+    primary = await _primary(demo)
     say(f"\nA stream of writes; in the middle of it, kill -9 for {primary}, the primary")
     stream = _Stream()
     count = _STREAM_WRITERS * _STREAM_WRITES_EACH
@@ -257,7 +278,20 @@ async def _crash(demo: Demo) -> None:
             demo.timed("written, one crash included", count, _write_all(demo, stream))
         )
         group.create_task(_kill_and_restart(demo.cluster, primary, stream))
-    say(f"  all {stream.acknowledged:,} acknowledged, the longest after {stream.longest_s:.2f} s")
+    if stream.accepted_at is None:
+        raise Mismatch("no write was begun after the kill and acknowledged")
+    waited = sum(duration_s > _LONG_S for duration_s in stream.durations_s)
+    say(
+        f"  writes were accepted again {stream.accepted_at - stream.killed_at:.2f} s after the kill"
+    )
+    say(
+        f"  all {stream.acknowledged:,} acknowledged; {waited} of them waited, the longest "
+        f"{max(stream.durations_s):.2f} s; the primary is {await _primary(demo)}"
+    )
+
+
+async def _primary(demo: Demo) -> str:
+    return str((await demo.db.map())["shards"][0]["primary"])
 
 
 async def _write_all(demo: Demo, stream: _Stream) -> None:
@@ -275,16 +309,19 @@ async def _write(demo: Demo, stream: _Stream, code_point: int) -> None:
         started = perf_counter()
         await demo.db.put(key, value)
         demo.expected[key] = value
-        stream.longest_s = max(stream.longest_s, perf_counter() - started)
-        stream.acknowledged += 1
-        if stream.acknowledged == _KILL_AFTER_WRITES:
-            stream.reached.set()
+        stream.note(started)
 
 
 async def _kill_and_restart(cluster: LocalCluster, primary: str, stream: _Stream) -> None:
     await stream.reached.wait()
+    stream.killed_at = perf_counter()
     await cluster.kill(primary)
-    say(f"  {primary} killed after {stream.acknowledged:,} acknowledged writes; starting it again")
+    say(f"  {primary} killed after {stream.acknowledged:,} acknowledged writes")
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DEAD_S_MAX):
+            await stream.accepted.wait()
+    others = "writes go on without it" if stream.accepted.is_set() else "nobody writes yet"
+    say(f"  {others}; starting {primary} again")
     await cluster.restart(primary)
 
 

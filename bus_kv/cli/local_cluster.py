@@ -99,10 +99,10 @@ class LocalCluster:
     def _child(self, id: str) -> Child:
         settings = [f"--knob={name}={value}" for name, value in self._knobs.items()]
         arguments = ["--id", id, *self.connection.argv(), *settings]
-        if id == COORDINATOR:
-            argv = module_argv("coordinator", *arguments)
-        else:
+        if id in self.node_ids:
             argv = module_argv("nodes", *arguments, "--data", str(self.folder / id))
+        else:
+            argv = module_argv("coordinator", *arguments)
         env = module_env() | self.connection.env()
         return Child(id, argv, env, self.folder / f"{id}.log", self._guard)
 

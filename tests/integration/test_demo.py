@@ -13,6 +13,7 @@ async def test_the_demo_proves_that_nothing_is_lost(tmp_path: Path):
     assert ran.code == 0, ran.err
     assert "Everything is as it must be" in ran.text
     assert "killed after" in ran.text
+    assert "writes were accepted again" in ran.text
     assert "😀" in ran.text
     assert "largest categories" in ran.text
     assert "put at version" in ran.text

@@ -100,6 +100,8 @@ class Cluster:
         process.begin(machine)
         self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
         self.bus.subscribe(process, "admin", self.subjects.any_admin)
+        self.bus.subscribe(process, "suspect", self.subjects.any_suspect)
+        self.bus.subscribe(process, "failover", self.subjects.any_failover)
         machine.start(process.now_ns)
 
     def start_node(self, process: Process) -> None:

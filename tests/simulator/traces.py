@@ -56,7 +56,7 @@ class Story:
         self.world.tell = self._on_line
 
     def _on_line(self, who: str, what: str) -> None:
-        if any(word in what for word in ("heartbeat", "leader =", "event.suspect")):
+        if any(word in what for word in ("heartbeat", "leader =", "event.suspect", ": beat")):
             return
         ms = (self.world.now_ns - self._started_ns) / MILLISECOND_NS
         self.lines.append(f"{ms:9.2f} ms  {who:<8} {what}")

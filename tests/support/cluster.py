@@ -190,6 +190,9 @@ class Cluster:
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
         return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
 
+    def pid(self, name: str) -> int:
+        return self._processes[name].pid
+
     def exited(self) -> list[str]:
         return [name for name in self._processes if not self.is_running(name)]
 

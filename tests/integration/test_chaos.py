@@ -1,0 +1,40 @@
+"""`bus-kv chaos` in its short form: a few faults on real processes, and what the report says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.command import run_module
+
+pytestmark = pytest.mark.usefixtures("nats_binary")
+
+QUICK = ("--knob", "heartbeat_interval_s=0.2", "--knob", "lease_s=1")
+SHORT = ("--operations", "2000", "--times", "1", "--seed", "1", *QUICK)
+
+
+async def chaos(folder: Path, *arguments: str, code: int = 0) -> Any:
+    ran = await run_module("bus_kv", "chaos", "--data", str(folder), *arguments, cwd=folder)
+    assert ran.code == code, (ran.text, ran.err)
+    return ran
+
+
+@pytest.mark.parametrize("fault", ["kill-primary", "kill-all", "cut-primary", "wipe-disk"])
+async def test_a_fault_under_load_breaks_no_promise(tmp_path: Path, fault: str):
+    ran = await chaos(tmp_path, "--fault", fault, *SHORT)
+    document = json.loads((tmp_path / "chaos-report.json").read_text())
+    (report,) = document["faults"]
+    assert (document["seed"], report["fault"], report["violations"]) == (1, fault, [])
+    assert report["operations"] >= 2000
+    assert report["acknowledged"] > 1200
+    assert len(report["injections"]) == 1
+    assert report["injections"][0]["accepted_s"] > 0
+    assert fault in ran.text
+    assert [path.name for path in tmp_path.iterdir()] == ["chaos-report.json"]
+
+
+async def test_an_unknown_fault_is_refused_with_the_names_of_all(tmp_path: Path):
+    ran = await chaos(tmp_path, "--fault", "flood", code=2)
+    assert "flood" in ran.err
+    assert "kill-primary" in ran.err
