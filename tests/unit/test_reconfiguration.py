@@ -195,6 +195,16 @@ def test_a_stranded_member_leaves() -> None:
     assert next_roles(shard, map_of(shard), heard) == Roles((MEMBERS[0], MEMBERS[2]), "n1")
 
 
+def test_a_stranded_member_is_no_part_of_a_takeover() -> None:
+    """It is sealed, and could never take the opening entry: the shard would not be served again (found by a seed)."""
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.silent.add("n1")
+    heard.beats["n2"].shards[0].status = "stranded"
+    heard.beats["n2"].shards[0].last = (1, 1)
+    assert next_roles(shard, map_of(shard), heard) == Roles((MEMBERS[2],), "n3")
+
+
 def test_a_smaller_replication_factor_lets_a_backup_go() -> None:
     shard = shard_of()
     roles = next_roles(shard, map_of(shard, factor=2), all_well(shard))
