@@ -533,11 +533,16 @@ class Gateway:
         if now_ns - answered_ns < patience_ns:
             # It is busy with others: not silent.
             return self._wake(correlation, answered_ns + patience_ns, part)
+        if part.suspected and part.batch is not None:
+            # It may have come to a frozen node alone, before the next primary listened.
+            part.suspected = False
+            return self._route_again(correlation, part, now_ns)
         if not part.suspected:
             part.suspected = True
             self.circuit.fail(part.node, now_ns)
             self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
-        return self._wake(correlation, part.deadline_ns, part)
+        again_ns = part.deadline_ns if part.batch is None else now_ns + patience_ns
+        return self._wake(correlation, again_ns, part)
 
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are soon routed again."""
