@@ -11,13 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bus_kv.client.client import Client, connect
-    from bus_kv.client.results import Entry, PastVersion, ReadState, Receipt, Rows
+    from bus_kv.client.results import (
+        ClusterStats,
+        Entry,
+        PastVersion,
+        ReadState,
+        Receipt,
+        Rows,
+    )
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "connect": "bus_kv.client.client",
     "Client": "bus_kv.client.client",
+    "ClusterStats": "bus_kv.client.results",
     "Entry": "bus_kv.client.results",
     "PastVersion": "bus_kv.client.results",
     "ReadState": "bus_kv.client.results",
@@ -26,7 +34,7 @@ _WHERE = {
 }
 
 __all__ = [
-    "Client", "Entry", "PastVersion", "ReadState", "Receipt", "Rows", "__version__", "connect",
+    "Client", "ClusterStats", "Entry", "PastVersion", "ReadState", "Receipt", "Rows", "__version__", "connect",
 ]  # fmt: skip
 
 

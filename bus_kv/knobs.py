@@ -35,8 +35,17 @@ class Knobs:
 
     replication_factor: int = 3
     heartbeat_interval_s: float = 5.0
+    """This and the next two begin in the map of a fresh cluster; there `bus-kv config set` changes them."""
     heartbeat_misses_max: int = 3
     """A node is down after this many intervals without a heartbeat."""
+    heartbeat_good_min: int = 3
+    """A node that was down is preferred as a primary again after this many heartbeats in a row."""
+    probes_max: int = 3
+    """A node that is suspected and answers none of so many probes is down at once."""
+    probe_wait_ms: int = 150
+    """How long a probe is waited for; the last one twice as long. Where nobody listens the next one follows sooner."""
+    hello_wait_ms: int = 300
+    """A starting node waits this long for another process to say that it has the same id."""
     layout_wait_s: float = 5.0
     """The first shard is laid out this long after the first node, or when replication_factor nodes are there."""
     lease_s: float = 3.0
@@ -113,6 +122,8 @@ class Knobs:
     """A request of administration fails after this: a coordinator takes up to 10 s to say that it could not be done."""
     client_attempt_ms: int = 2000
     """The Python client sends a message again when it has no answer after this."""
+    client_pause_ms_max: int = 500
+    """Longest pause of the Python client before it sends a message again."""
     client_window_messages: int = 4
     """Messages in flight per shard and kind; while they are, calls gather in the next message."""
     client_fill_operations: int = 128

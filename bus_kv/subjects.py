@@ -68,6 +68,17 @@ class Subjects:
         return f"{self.root}.event.suspect.{node}"
 
     @property
+    def any_suspect(self) -> str:
+        return f"{self.root}.event.suspect.*"
+
+    def failover_event(self, shard: str) -> str:
+        return f"{self.root}.event.failover.{shard}"
+
+    @property
+    def any_failover(self) -> str:
+        return f"{self.root}.event.failover.*"
+
+    @property
     def any_admin(self) -> str:
         return f"{self.root}.admin.*"
 

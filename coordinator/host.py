@@ -20,6 +20,8 @@ from bus_kv.subjects import Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bus_kv.knobs import Knobs
     from bus_kv.runtime.connection import ConnectOptions
 
@@ -35,16 +37,25 @@ class CoordinatorOptions:
 
 async def serve_coordinator(options: CoordinatorOptions, stop: asyncio.Event) -> int:
     """Run a coordinator until `stop`. Raises BusUnreachable, CredentialsRefused, BusError without JetStream."""
-    bus = NatsBus(options.connection)
+    restored: list[Callable[[], None]] = []
+
+    def on_restored() -> None:
+        for tell in restored:
+            tell()
+
+    bus = NatsBus(options.connection, on_restored)
     try:
         if not await unless_stopped(bus.open(), stop):
             return 0
-        return await _serve(options, bus, stop)
+        return await _serve(options, bus, stop, restored)
     finally:
         await bus.close()
 
 
-async def _serve(options: CoordinatorOptions, bus: NatsBus, stop: asyncio.Event) -> int:
+async def _serve(
+    options: CoordinatorOptions, bus: NatsBus, stop: asyncio.Event,
+    restored: list[Callable[[], None]],
+) -> int:  # fmt: skip
     subjects, clock = Subjects(options.connection.root), Clock()
     store = bus.map_store(subjects.bucket, options.knobs.store_timeout_ms / 1000)
     await store.prepare()
@@ -56,10 +67,18 @@ async def _serve(options: CoordinatorOptions, bus: NatsBus, stop: asyncio.Event)
     await bus.answer_to(driver.offer)
     await driver.listen("heartbeat", subjects.any_heartbeat)
     await driver.listen("admin", subjects.any_admin)
+    await driver.listen("suspect", subjects.any_suspect)
+    await driver.listen("failover", subjects.any_failover)
     await bus.flush()
     await _service(options.id, subjects, machine, clock, bus).start()
     machine.start(clock.now_ns())
     driver.wake()
+
+    def on_restored() -> None:
+        machine.reconnected(clock.now_ns())
+        driver.wake()
+
+    restored.append(on_restored)
     turns = asyncio.create_task(driver.run())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([turns, stopping], return_when=asyncio.FIRST_COMPLETED)

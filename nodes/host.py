@@ -157,6 +157,7 @@ class NodeHost:
                 "replicate": (self._subjects.shard_replicate, ""),
             },
             refuse=self._machine.door.overloaded,
+            express=self._machine.express,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         for disk in (self._log, self._state):
@@ -215,6 +216,7 @@ class NodeHost:
         await driver.listen("node", subjects.node_inbox(id))
         await driver.listen("heartbeat", subjects.any_heartbeat)
         await driver.listen("map", subjects.map_event)
+        await driver.listen("suspect", subjects.any_suspect)
         await self._bus.flush()
 
     async def _serve(self, stop: asyncio.Event) -> int:

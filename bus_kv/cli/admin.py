@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,13 +23,23 @@ Keyspace = Annotated[str, typer.Option(help="whose settings")]
 class Setting(StrEnum):
     CONSISTENCY = "consistency"
     REPLICATION_FACTOR = "replication_factor"
+    HEARTBEAT_INTERVAL_S = "heartbeat_interval_s"
+    HEARTBEAT_MISSES_MAX = "heartbeat_misses_max"
+    HEARTBEAT_GOOD_MIN = "heartbeat_good_min"
+    AUTO_FAILOVER = "auto_failover"
+
+
+OF_KEYSPACE = (Setting.CONSISTENCY, Setting.REPLICATION_FACTOR)
+"""The others hold for the whole cluster."""
 
 
 def register(app: typer.Typer) -> None:
     failover = typer.Typer(no_args_is_help=True, help="Replace the primary of a shard.")
     command(failover, "run")(failover_run)
     app.add_typer(failover, name="failover")
-    config = typer.Typer(no_args_is_help=True, help="The settings of a keyspace.")
+    config = typer.Typer(
+        no_args_is_help=True, help="The settings of a keyspace and of the cluster."
+    )
     command(config, "get")(config_get)
     command(config, "set")(config_set)
     app.add_typer(config, name="config")
@@ -75,7 +86,7 @@ def _tell_shard(call: Call, shard: dict[str, Any]) -> None:
 
 
 async def config_get(call: Call, keyspace: Keyspace = "default") -> int:
-    """Show the settings of a keyspace.
+    """Show the settings of a keyspace, and those of the whole cluster.
 
     - `bus-kv config get`
     - `bus-kv config get --keyspace logs --json`
@@ -85,17 +96,24 @@ async def config_get(call: Call, keyspace: Keyspace = "default") -> int:
         call.out.document(settings)
     else:
         names = ("policy", *map(str, Setting))
-        call.out.table(["name", "value"], [[name, str(settings[name])] for name in names])
+        call.out.table(["name", "value"], [[name, _text(settings.get(name))] for name in names])
     return OK
 
 
 async def _settings(db: Client, keyspace: str) -> dict[str, Any]:
     """As `config set` replies, from the map: it can be read without a coordinator."""
-    keyspaces = (await db.map())["keyspaces"]
+    map = await db.map()
+    keyspaces = map["keyspaces"]
     if keyspace not in keyspaces:
         known = ", ".join(keyspaces) or "none yet"
         raise KeyspaceUnknown(f"there is no keyspace {keyspace!r}; there are: {known}")
-    return {"keyspace": keyspace, **keyspaces[keyspace]}
+    return {"keyspace": keyspace, **keyspaces[keyspace], **map.get("settings", {})}
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return None if value is None else str(value)
 
 
 async def config_set(
@@ -107,11 +125,15 @@ async def config_set(
     value: Annotated[str, typer.Argument(metavar="VALUE", show_default=False)],
     keyspace: Keyspace = "default",
 ) -> int:
-    """Change a setting of a keyspace.
+    """Change a setting of a keyspace or of the cluster, while it runs.
 
     - consistency (one, quorum, all): of requests that name none; running clients follow
     - replication_factor (1 to 7): members of each shard; they come and go one by one afterwards, as
       bus-kv shards list shows
+    - heartbeat_interval_s, heartbeat_misses_max, heartbeat_good_min (whole cluster): how often nodes
+      beat, how many beats may be missing, and how many it takes before a node is preferred again
+    - auto_failover (on or off, whole cluster): off, another node becomes primary only by
+      bus-kv failover run
 
     - `bus-kv config set consistency one`
     - `bus-kv config set replication_factor 5 --keyspace default`
@@ -121,15 +143,25 @@ async def config_set(
     if call.out.as_json:
         call.out.document(settings)
     else:
-        call.out.line(f"{name} of keyspace {keyspace} is {settings[name]}")
+        whose = f"keyspace {keyspace}" if name in OF_KEYSPACE else "the cluster"
+        call.out.line(f"{name} of {whose} is {_text(settings[name])}")
     return OK
 
 
-def _value(name: Setting, text: str) -> str | int:
+def _value(name: Setting, text: str) -> str | float | bool:
     if name is Setting.CONSISTENCY:
         if text not in [*Level]:
             raise typer.BadParameter(f"{text!r} is no consistency: one, quorum or all")
         return text
+    if name is Setting.AUTO_FAILOVER:
+        if text not in ("on", "off"):
+            raise typer.BadParameter(f"{text!r} is neither on nor off")
+        return text == "on"
+    if name is Setting.HEARTBEAT_INTERVAL_S:
+        with contextlib.suppress(ValueError):
+            return float(text)
+        raise typer.BadParameter(f"{text!r} is no number of seconds")
     if not (text.isascii() and text.isdigit()):
-        raise typer.BadParameter(f"{text!r} is no replication factor: write a whole number")
+        what = str(name).replace("_", " ")
+        raise typer.BadParameter(f"{text!r} is no {what}: write a whole number")
     return int(text)

@@ -15,6 +15,7 @@ from bus_kv.cli import (
     cluster,
     data,
     doctor,
+    explain,
     load,
     oplog,
     query,
@@ -49,7 +50,7 @@ async def version(call: Call) -> int:
     return OK
 
 
-for part in (up, serve, data, load, query, oplog, cluster, admin, doctor, bench, chaos):
+for part in (up, serve, data, load, query, oplog, cluster, admin, explain, doctor, bench, chaos):
     part.register(app)
 command(app, "version")(version)
 

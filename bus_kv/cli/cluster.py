@@ -50,6 +50,11 @@ async def status(call: Call) -> int:
     }
     call.out.table([*fields], [[stats[name] for name in fields.values()]])
     _show_replicas(call, stats["shards"])
+    for suspect in stats["suspects"]:
+        ago_s = suspect["age_ms"] / 1000
+        call.out.line(
+            f"suspected: {suspect['node']}, by {suspect['by']} {ago_s:,.1f} s ago: {suspect['reason']}"
+        )
     return OK
 
 

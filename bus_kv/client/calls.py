@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 SLOW_VERBS = ("history", "scan", "sql")
 WRITING_VERBS = ("put", "delete", "batch")
 _PAUSE_NS = 30 * MILLISECOND_NS
-PAUSE_NS_MAX = 500 * MILLISECOND_NS
 
 
 class NoCoordinator(ShardUnavailable):
@@ -55,18 +54,18 @@ def patience_ns(verb: str, knobs: Knobs) -> tuple[int, int]:
     return knobs.client_attempt_ms * MILLISECOND_NS, timeout_ns
 
 
-def pause_ns(attempts: int) -> int:
+def pause_ns(attempts: int, knobs: Knobs) -> int:
     """How long to wait before the next attempt: longer each time."""
-    return min(_PAUSE_NS << min(attempts, 8), PAUSE_NS_MAX)
+    return min(_PAUSE_NS << min(attempts, 8), knobs.client_pause_ms_max * MILLISECOND_NS)
 
 
 class Calls:
     """Calls under way. `request` sends and returns the correlation number; `finish` tells a call's one outcome."""
 
     def __init__(
-        self, request: Callable[[str, bytes], int], finish: Callable[[Any, Any], None]
+        self, request: Callable[[str, bytes], int], finish: Callable[[Any, Any], None], knobs: Knobs
     ) -> None:
-        self._request, self._finish = request, finish
+        self._request, self._finish, self._knobs = request, finish, knobs
         self._sent: dict[int, dict[int, Call]] = {}
         """Patience with an attempt -> calls by correlation, in the order in which they are given up."""
         self._paused: list[tuple[int, int, Call]] = []
@@ -105,7 +104,7 @@ class Calls:
         """Send it again after a pause if its failure allows and its time is not over."""
         call.attempts += 1
         call.note(failure)
-        at_ns = now_ns + pause_ns(call.attempts)
+        at_ns = now_ns + pause_ns(call.attempts, self._knobs)
         if call.once or not failure.retriable or at_ns >= call.deadline_ns:
             return self._finish(call.token, call.verdict(failure))
         self._pauses += 1

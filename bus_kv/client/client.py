@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.pages import count_pages, pages, range_fields
 from bus_kv.client.receipts import BusFates
-from bus_kv.client.results import Entry, PastVersion, Receipt, Rows
+from bus_kv.client.results import ClusterStats, Entry, PastVersion, Receipt, Rows
 from bus_kv.client.session import Session
 from bus_kv.errors import BusKVError, MalformedRequest, ShardUnavailable, from_body
 from bus_kv.knobs import KEY_BYTES_MAX, Knobs
@@ -370,6 +370,14 @@ class Client:
     async def stats(self) -> dict[str, Any]:
         """Totals of the cluster and the newest report of every node and shard."""
         return await self.call("stats", {})
+
+    async def get_cluster_stats(self) -> ClusterStats:
+        """The totals of `stats`, by name."""
+        return ClusterStats.from_wire(await self.stats())
+
+    async def is_cluster_healthy(self) -> bool:
+        """Whether every shard has an active primary and as many members up as it takes to write."""
+        return bool((await self.health())["status"] == "ok")
 
     async def map(self) -> dict[str, Any]:
         """The shard map, read from the store."""

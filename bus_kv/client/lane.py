@@ -114,6 +114,9 @@ class Lane:
     waiting: Columns = field(default_factory=Columns)
     again: list[Operation] = field(default_factory=list)
     in_flight: int = 0
+    suspected: bool = False
+    """The primary does not answer: one message at a time goes to it, until one is answered."""
+    answered_ns: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -133,8 +136,18 @@ class Sent:
     columns: Columns
     numbers: Sequence[int]
     give_up_ns: int
+    suspect_ns: int
+    """When the primary is suspected of being gone."""
+    epoch: int = 0
+    """Of the shard, as it was sent."""
+    suspected: bool = False
     again: list[Operation] | None = None
     """The operations when this is not their first attempt."""
+
+    @property
+    def next_ns(self) -> int:
+        """When to look at it again, if there is no answer by then."""
+        return self.give_up_ns if self.suspected else min(self.suspect_ns, self.give_up_ns)
 
     def operations(self) -> list[Operation]:
         if self.again is None:

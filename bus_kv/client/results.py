@@ -170,3 +170,28 @@ class Rows:
 
     def __repr__(self) -> str:
         return f"Rows(columns={self.columns}, {len(self.rows)} rows)"
+
+
+class ClusterStats(NamedTuple):
+    """The cluster in numbers, as the node that was asked knows it."""
+
+    total_nodes: int
+    healthy_nodes: int
+    total_shards: int
+    under_replicated_shards: int
+    keys: int
+    bytes: int
+    average_latency_ms: float | None
+    """Mean time to answer of the node that was asked, since it started; None before its first request."""
+    map_version: int
+    suspects: list[str]
+    """Nodes that somebody lately had no answer of."""
+
+    @classmethod
+    def from_wire(cls, stats: dict[str, Any]) -> ClusterStats:
+        under_replicated = sum(bool(shard["under_replicated"]) for shard in stats["shards"])
+        return cls(
+            stats["total_nodes"], stats["healthy_nodes"], stats["total_shards"], under_replicated,
+            stats["keys"], stats["bytes"], stats["average_latency_ms"], stats["map_version"],
+            [suspect["node"] for suspect in stats["suspects"]],
+        )  # fmt: skip

@@ -18,10 +18,10 @@ from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.client.calls import PAUSE_NS_MAX, WRITING_VERBS, Call, Calls, patience_ns, pause_ns
+from bus_kv.client.calls import WRITING_VERBS, Call, Calls, patience_ns, pause_ns
 from bus_kv.client.lane import Columns, Lane, Operation, Sent, columns_of, operations_of
 from bus_kv.client.results import Entry, Fates, ReadState, Receipt
-from bus_kv.core.machine import Ready, Received, Request, Responded
+from bus_kv.core.machine import Publish, Ready, Received, Request, Responded
 from bus_kv.errors import (
     BusKVError,
     KeyspaceUnknown,
@@ -34,14 +34,14 @@ from bus_kv.errors import (
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import BatchReply, decode_batch_reply
-from bus_kv.protocol.codec import decode_body, decode_cbor, encode_cbor
+from bus_kv.protocol.codec import decode_body, decode_cbor, encode_cbor, encode_json
 from bus_kv.protocol.routes import Routes, routes_after, routes_from_public
 from bus_kv.protocol.sizes import Sizes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from bus_kv.core.machine import Event
+    from bus_kv.core.machine import Effect, Event
     from bus_kv.protocol.batch import Version
     from bus_kv.protocol.routes import Route
     from bus_kv.subjects import Subjects
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
     Done: TypeAlias = Callable[[Sequence[Any], Sequence[Outcome]], None]
 
+SETTLE_NS = 5 * MILLISECOND_NS
+"""How long after a change of the map what waits is sent again."""
 _by_number = attrgetter("number")
 _IS_FOUND = bytes(o in (b.REPLACED, b.DELETED, b.FOUND) for o in range(256))
 
@@ -76,13 +78,15 @@ class Session:
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
         self._dirty: list[Lane] = []
         self._sent: dict[int, Sent] = {}
-        self._calls = Calls(self._request, self._finish)
+        self._calls = Calls(self._request, self._finish, knobs)
         self._unrouted: list[Operation] = []
         self._paused: list[tuple[int, int, Operation]] = []
         self._fetch: int | None = None
         self._fetch_ns = 0
         self._fetch_cached = False
-        self._effects: list[Request] = []
+        self._effects: list[Effect] = []
+        self._said_ns: dict[str, int] = {}
+        """Node -> until when its silence need not be told again."""
 
     # ---- what a client asks for ----
 
@@ -215,12 +219,13 @@ class Session:
         self._told = 0
         dirty, self._dirty = self._dirty, []
         for lane in dirty:
-            while lane.again and lane.in_flight < self._knobs.client_window_messages:
+            window = 1 if lane.suspected else self._knobs.client_window_messages
+            while lane.again and lane.in_flight < window:
                 self._send_again(lane, now_ns)
             while lane.waiting.keys and self._may_send(lane):
                 self._send_new(lane, now_ns)
         effects, self._effects = self._effects, []
-        return Ready(effects)  # type: ignore[arg-type]  # a list of requests is a list of effects
+        return Ready(effects)
 
     @property
     def is_full(self) -> bool:
@@ -228,7 +233,7 @@ class Session:
 
     def next_deadline_ns(self) -> int | None:
         candidates = [self._paused[0][0]] if self._paused else []
-        candidates += [sent.give_up_ns for sent in self._sent.values()]
+        candidates += [sent.next_ns for sent in self._sent.values()]
         calls_ns = self._calls.next_ns()
         candidates += [] if calls_ns is None else [calls_ns]
         if self._fetch is not None:
@@ -243,8 +248,8 @@ class Session:
             self._fetch = None
             self._fetch_cached = True
             self.fetch_routes(now_ns)
-        for correlation in [c for c, sent in self._sent.items() if sent.give_up_ns <= now_ns]:
-            self._on_silence(self._sent.pop(correlation), now_ns)
+        for correlation in [c for c, sent in self._sent.items() if sent.next_ns <= now_ns]:
+            self._on_delay(correlation, now_ns)
         self._calls.on_deadline(now_ns)
         while self._paused and self._paused[0][0] <= now_ns:
             self._route(heapq.heappop(self._paused)[2], now_ns)
@@ -317,6 +322,8 @@ class Session:
         """At once when nothing is in flight; else only what fills a message, so that small ones do not pile up."""
         if not lane.in_flight:
             return True
+        if lane.suspected:
+            return False
         knobs = self._knobs
         full = len(lane.waiting.keys) >= knobs.client_fill_operations
         return full and lane.in_flight < knobs.client_window_messages
@@ -351,7 +358,8 @@ class Session:
     ) -> None:  # fmt: skip
         assert self.routes is not None
         route = self.routes.by_id.get(lane.shard)
-        fields: dict[str, Any] = {"epoch": route.epoch if route else 0}
+        epoch = route.epoch if route else 0
+        fields: dict[str, Any] = {"epoch": epoch}
         subject, attempt_ms = self._subjects.shard_request, self._knobs.client_attempt_ms
         if lane.anywhere:
             fields = {}
@@ -359,7 +367,10 @@ class Session:
         fields["batch"] = columns.batch(self.client, numbers, lane.consistency).encode()
         correlation = self._request(subject(lane.shard), encode_cbor(fields))
         give_up_ns = now_ns + attempt_ms * MILLISECOND_NS
-        self._sent[correlation] = Sent(lane, columns, numbers, give_up_ns, again)
+        suspect_ns = now_ns + self._knobs.suspect_after_ms * MILLISECOND_NS
+        self._sent[correlation] = Sent(
+            lane, columns, numbers, give_up_ns, suspect_ns, epoch, again=again
+        )
         lane.in_flight += 1
 
     def _request(self, subject: str, body: bytes) -> int:
@@ -372,8 +383,11 @@ class Session:
     def _on_reply(self, sent: Sent, body: bytes | None, now_ns: int) -> None:
         self._leave(sent.lane)
         if body is None:
+            if not sent.lane.anywhere:
+                self._suspect(sent.lane.shard, "no responders", now_ns)
             failure = ShardUnavailable(f"nobody serves shard {sent.lane.shard}")
             return self._all_again(sent, failure, now_ns)
+        sent.lane.suspected, sent.lane.answered_ns = False, now_ns
         fields = decode_cbor(body)
         if "batch" not in fields:
             return self._all_again(sent, from_body(fields), now_ns)
@@ -407,6 +421,33 @@ class Session:
         self._told += len(tokens)
         self._done(tokens, outcomes)
 
+    def _on_delay(self, correlation: int, now_ns: int) -> None:
+        """No answer yet: when another epoch has begun meanwhile, none may come."""
+        assert self.routes is not None
+        sent = self._sent[correlation]
+        lane, route = sent.lane, self.routes.by_id.get(sent.lane.shard)
+        if sent.give_up_ns <= now_ns or route is None or route.epoch != sent.epoch:
+            del self._sent[correlation]
+            return self._on_silence(sent, now_ns)
+        patience_ns = self._knobs.suspect_after_ms * MILLISECOND_NS
+        if now_ns - lane.answered_ns < patience_ns:
+            sent.suspect_ns = lane.answered_ns + patience_ns  # busy with others: not silent
+            return None
+        sent.suspected = lane.suspected = True
+        reason = f"no answer for {self._knobs.suspect_after_ms} ms"
+        return self._suspect(lane.shard, reason, now_ns)
+
+    def _suspect(self, shard: str, reason: str, now_ns: int) -> None:
+        """Say on the bus that a shard's primary does not answer. A hint: it affects speed, never safety."""
+        route = self.routes.by_id.get(shard) if self.routes else None
+        if route is None or now_ns < self._said_ns.get(route.primary, 0):
+            return
+        pause_ns = self._knobs.suspect_after_ms * MILLISECOND_NS
+        self._said_ns[route.primary] = now_ns + pause_ns
+        said = {"node": route.primary, "shard": shard, "by": self.client, "reason": reason}
+        subject = self._subjects.suspect_event(route.primary)
+        self._effects.append(Publish(subject, encode_json(said)))
+
     def _on_silence(self, sent: Sent, now_ns: int) -> None:
         self._leave(sent.lane)
         for operation in sent.operations():
@@ -427,7 +468,7 @@ class Session:
         operation.attempts += 1
         operation.at_primary = False
         operation.note(failure)
-        at_ns = now_ns + pause_ns(operation.attempts)
+        at_ns = now_ns + pause_ns(operation.attempts, self._knobs)
         if not failure.retriable or at_ns >= operation.deadline_ns:
             return self._finish(operation.token, operation.verdict(failure))
         if failure.refreshes_map:
@@ -467,11 +508,11 @@ class Session:
         if fields is None or "code" in fields:
             self._fetch_cached = fields is not None
             self._fetch = -1
-            self._fetch_ns = now_ns + PAUSE_NS_MAX // 2
+            self._fetch_ns = now_ns + self._knobs.client_pause_ms_max * MILLISECOND_NS // 2
             return
         routes = routes_from_public(fields)
         if self.routes is None or routes.map_version >= self.routes.map_version:
-            self._take_routes(routes)
+            self._take_routes(routes, now_ns)
         self._fetch_cached = False
         waiting, self._unrouted = self._unrouted, []
         for operation in waiting:
@@ -491,11 +532,27 @@ class Session:
         if routes is None:
             self.fetch_routes(now_ns)
         else:
-            self._take_routes(routes)
+            self._take_routes(routes, now_ns)
 
-    def _take_routes(self, routes: Routes) -> None:
+    def _take_routes(self, routes: Routes, now_ns: int) -> None:
+        """What waits, and what nobody answers, is soon routed again."""
+        is_new = self.routes is None or routes.map_version > self.routes.map_version
         self.routes = routes
         self._near.clear()
+        if not is_new:
+            return
+        for correlation, sent in [*self._sent.items()]:
+            if sent.suspected:
+                route = routes.by_id.get(sent.lane.shard)
+                if route is None or route.epoch != sent.epoch:
+                    del self._sent[correlation]
+                    self._on_silence(sent, now_ns)
+        # Not in this very moment: a primary that serves from now on hears of it no sooner.
+        soon_ns = now_ns + SETTLE_NS
+        self._paused = [(min(at_ns, soon_ns), order, o) for at_ns, order, o in self._paused]
+        heapq.heapify(self._paused)
+        for _, _, operation in self._paused:
+            operation.attempts = 0
 
     def _results(self, sent: Sent, reply: BatchReply) -> list[Any]:
         """An Entry or a Receipt for every operation, made column by column."""

@@ -23,7 +23,7 @@ class Timers:
         return name in self._deadlines_ns
 
     def next_ns(self) -> int | None:
-        return min(self._deadlines_ns.values(), default=None)
+        return min(self._deadlines_ns.values()) if self._deadlines_ns else None
 
     def pop_due(self, now_ns: int) -> list[str]:
         """Names whose deadline has passed, in the order in which they were started."""

@@ -23,6 +23,7 @@ from bus_kv.errors import MalformedRequest
 
 BYTE_FIELDS = frozenset({"key", "value", "start", "end", "prefix"})
 """Names whose values are bytes."""
+_BYTE_NAMES = BYTE_FIELDS | {f"{name}_b64" for name in BYTE_FIELDS}
 
 _DEPTH_MAX = 8
 """Deepest nesting of containers in a body; the deepest legal request has four."""
@@ -157,7 +158,12 @@ def _from_json(value: Any, depth: int) -> Any:
         return [_from_json(item, depth - 1) for item in value]
     result: dict[str, Any] = {}
     for name, item in value.items():
-        plain, decoded = _json_field(name, item, depth - 1)
+        if name in _BYTE_NAMES:
+            plain, decoded = _json_field(name, item, depth - 1)
+        else:
+            plain, decoded = name, item
+            if isinstance(item, list | dict):
+                decoded = _from_json(item, depth - 1)
         if plain in result:
             raise MalformedRequest(f"{plain} and {plain}_b64 are both given")
         result[plain] = decoded
@@ -168,7 +174,7 @@ def _json_field(name: str, item: Any, depth: int) -> tuple[str, Any]:
     if name in BYTE_FIELDS and isinstance(item, str):
         return name, item.encode()
     plain = name.removesuffix("_b64")
-    if plain == name or plain not in BYTE_FIELDS:
+    if plain == name:
         return name, _from_json(item, depth)
     try:
         return plain, base64.b64decode(item, validate=True)

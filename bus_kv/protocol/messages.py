@@ -6,11 +6,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from bus_kv.errors import BusKVError, MalformedRequest
+from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.shard_map import Shard, shard_from_document
 from bus_kv.subjects import is_id
 
 EPOCH_MAX = 2**62
 """Epochs are small; a larger one is nonsense and would not fit the log's column."""
+
+PROBE = encode_cbor({"type": "beat"})
+"""What a coordinator asks a node whose next heartbeat it cannot wait for; the answer is one."""
 
 Run: TypeAlias = tuple[int, str]
 """One life of a process: (start in ms since the Unix epoch, random). A greater one started later."""

@@ -16,6 +16,7 @@ class Route:
     end: bytes | None
     epoch: int
     active: bool
+    primary: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,9 @@ def routes_from_public(map: dict[str, Any]) -> Routes:
     ranges: dict[str, tuple[list[bytes], list[Route]]] = {}
     for shard in map["shards"]:
         route = Route(
-            shard["id"], shard["start"], shard["end"], shard["epoch"], shard["state"] == "active"
-        )
+            shard["id"], shard["start"], shard["end"], shard["epoch"], shard["state"] == "active",
+            shard["primary"],
+        )  # fmt: skip
         by_id[route.shard] = route
         starts, routes = ranges.setdefault(shard["keyspace"], ([], []))
         starts.append(route.start)

@@ -13,7 +13,10 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bus_kv.knobs import Knobs
 
 
 class ShardState(StrEnum):
@@ -90,6 +93,19 @@ class Keyspace:
     consistency: str = "quorum"
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for the whole cluster and can be changed while it runs."""
+
+    heartbeat_interval_s: float
+    heartbeat_misses_max: int
+    """A node is down after this many intervals without a heartbeat."""
+    heartbeat_good_min: int
+    """A node that was down is preferred as a primary again after this many heartbeats in a row."""
+    auto_failover: bool = True
+    """False: another node becomes primary only when an operator says so."""
+
+
 @dataclass(frozen=True)
 class ShardMap:
     map_version: int = 0
@@ -99,6 +115,8 @@ class ShardMap:
     keyspaces: dict[str, Keyspace] = field(default_factory=dict)
     shards: dict[str, Shard] = field(default_factory=dict)
     nodes: dict[str, Node] = field(default_factory=dict)
+    settings: Settings | None = None
+    """None before the first layout."""
 
     @cached_property
     def _ranges(self) -> dict[str, tuple[list[bytes], list[Shard]]]:
@@ -137,7 +155,19 @@ class ShardMap:
             "keyspaces": {name: asdict(k) for name, k in sorted(self.keyspaces.items())},
             "shards": [public_shard(shard) for shard in shards],
             "nodes": [public_node(self.nodes[id]) for id in sorted(self.nodes)],
+            **({"settings": asdict(self.settings)} if self.settings else {}),
         }
+
+
+def settings_of(map: ShardMap, knobs: Knobs) -> Settings:
+    """The map's, or those with which a fresh cluster begins."""
+    return map.settings or Settings(
+        knobs.heartbeat_interval_s, knobs.heartbeat_misses_max, knobs.heartbeat_good_min
+    )
+
+
+def _settings(document: dict[str, Any] | None) -> Settings | None:
+    return None if document is None else Settings(**document)
 
 
 def token_of(policy: str, key: bytes) -> bytes:
@@ -182,6 +212,7 @@ def delta(old: ShardMap, new: ShardMap) -> dict[str, Any]:
         "removed": sorted(old.shards.keys() - new.shards.keys()),
         "nodes": [public_node(n) for id, n in sorted(new.nodes.items()) if old.nodes.get(id) != n],
         "removed_nodes": sorted(old.nodes.keys() - new.nodes.keys()),
+        "settings": new.settings and asdict(new.settings),
     }
 
 
@@ -215,6 +246,7 @@ def apply_delta(old: ShardMap, change: dict[str, Any]) -> ShardMap | None:
         keyspaces={name: Keyspace(**k) for name, k in change["keyspaces"].items()},
         shards=shards,
         nodes=nodes,
+        settings=_settings(change.get("settings")),
     )
 
 
@@ -238,11 +270,21 @@ _SAME_IN_DELTA = (
 
 def to_document(map: ShardMap) -> dict[str, Any]:
     """The document of the store, JSON-ready."""
-    document = asdict(map)
-    for shard in document["shards"].values():
-        for name in ("start", "end"):
-            shard[name] = _text(shard[name])
-    return document
+    return {
+        "map_version": map.map_version,
+        "last_epoch": map.last_epoch,
+        "writer": map.writer,
+        "keyspaces": {name: asdict(keyspace) for name, keyspace in map.keyspaces.items()},
+        "shards": {id: shard_to_document(shard) for id, shard in map.shards.items()},
+        "nodes": {id: _node_document(node) for id, node in map.nodes.items()},
+    }
+
+
+def _node_document(node: Node) -> dict[str, Any]:
+    return {
+        "id": node.id, "incarnation": node.incarnation, "state": node.state, "zone": node.zone,
+        "weight": node.weight,
+    }  # fmt: skip
 
 
 def from_document(document: dict[str, Any]) -> ShardMap:
@@ -256,11 +298,28 @@ def from_document(document: dict[str, Any]) -> ShardMap:
         nodes={
             id: Node(**{**n, "state": NodeState(n["state"])}) for id, n in document["nodes"].items()
         },
+        settings=_settings(document.get("settings")),
     )
 
 
 def shard_to_document(shard: Shard) -> dict[str, Any]:
-    return {**asdict(shard), "start": _text(shard.start), "end": _text(shard.end)}
+    last = shard.last_active
+    return {
+        "id": shard.id, "keyspace": shard.keyspace, "start": _text(shard.start),
+        "end": _text(shard.end), "epoch": shard.epoch, "token": shard.token,
+        "members": _member_documents(shard.members), "primary": shard.primary,
+        "state": shard.state,
+        "last_active": last
+        and {
+            "epoch": last.epoch, "token": last.token,
+            "members": _member_documents(last.members),
+        },
+        "attempts": shard.attempts, "learners": _member_documents(shard.learners),
+    }  # fmt: skip
+
+
+def _member_documents(members: tuple[Member, ...]) -> list[dict[str, str]]:
+    return [{"node": member.node, "incarnation": member.incarnation} for member in members]
 
 
 def shard_from_document(document: dict[str, Any]) -> Shard:

@@ -58,15 +58,16 @@ class Driver:
         state: State | None = None,
         subjects: dict[str, tuple[Callable[[str], str], str]] | None = None,
         refuse: Callable[[Received], Publish | None] | None = None,
+        express: Callable[[Received], Publish | None] | None = None,
     ) -> None:  # fmt: skip
         """`subjects` maps a channel to (name -> subject, queue group) for Subscribe; `refuse` answers a message that
-        finds the inbox full."""
+        finds the inbox full, `express` one that cannot wait for a turn."""
         self.machine = machine
         self.halt: Halt | None = None
         self._bus, self._clock, self._store, self._log = bus, clock, store, log
         self._state = state
         self._subjects = subjects or {}
-        self._refuse = refuse
+        self._refuse, self._express = refuse, express
         self._inbox: deque[Event] = deque()
         self._inbox_max = inbox_messages_max
         self._wake = asyncio.Event()
@@ -78,9 +79,13 @@ class Driver:
     # ---- events in ----
 
     def offer(self, event: Event) -> Publish | None:
-        """Hand an event to the next turn. A request that finds the inbox full is not taken: the answer to it is
-        returned. The few messages of the control plane have as much room again."""
+        """Hand an event to the next turn. A request that finds the inbox full, or that is answered at once, is not
+        taken: the answer to it is returned. The few messages of the control plane have as much room again."""
         waiting = len(self._inbox)
+        if self._express is not None and isinstance(event, Received):
+            answer = self._express(event)
+            if answer is not None:
+                return answer
         if isinstance(event, Received) and waiting >= self._inbox_max:
             refusal = self._refuse(event) if self._refuse else None
             if refusal is not None or waiting >= 2 * self._inbox_max:

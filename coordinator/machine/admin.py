@@ -2,14 +2,17 @@
 
 failover    {"shard"}                                  another member becomes primary; the old one leaves for now
 transfer    {"shard", "to"}                            this member becomes primary
-config      {"keyspace", "consistency"?, "replication_factor"?}   the keyspace's settings, as they are then
+config      {"keyspace", "consistency"?, "replication_factor"?}   the keyspace's settings, as they are then;
+            {"heartbeat_interval_s"?, "heartbeat_misses_max"?, "heartbeat_good_min"?, "auto_failover"?}
+                                                       hold for the whole cluster
+failovers   {"shard"?}                                 the stories of the last takeovers, the newest first
 restore     {}                                         the newest map that any node remembers becomes the map (R10)
 check       {}                                         the map's version, and whether nodes remember a newer one
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,12 +29,14 @@ from bus_kv.errors import (
 )  # fmt: skip
 from bus_kv.knobs import REPLICATION_FACTOR_MAX, SECOND_NS
 from bus_kv.protocol.codec import decode_body
-from bus_kv.protocol.shard_map import ShardMap, ShardState, public_shard
+from bus_kv.protocol.shard_map import ShardMap, ShardState, public_shard, settings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.protocol.shard_map import Shard
+    from bus_kv.knobs import Knobs
+    from bus_kv.protocol.shard_map import Settings, Shard
+    from coordinator.machine.failovers import Failovers
     from coordinator.machine.plan import Heard
 
     Result: TypeAlias = dict[str, Any] | BusKVError
@@ -40,10 +45,16 @@ if TYPE_CHECKING:
 WAIT_NS = 10 * SECOND_NS
 PENDING_MAX = 256
 LEVELS = ("one", "quorum", "all")
+CLUSTER_SETTINGS: dict[str, tuple[type, float, float]] = {
+    "heartbeat_interval_s": (float, 0.05, 3600), "heartbeat_misses_max": (int, 1, 1000),
+    "heartbeat_good_min": (int, 1, 1000), "auto_failover": (bool, False, True),
+}  # fmt: skip
+"""Kind, least and greatest value."""
+_KEYSPACE_SETTINGS = ("consistency", "replication_factor")
 _FIELDS = {
     "failover": {"shard"}, "transfer": {"shard", "to"},
-    "config": {"keyspace", "consistency", "replication_factor"}, "restore": set(),
-    "check": set(),
+    "config": {"keyspace", "consistency", "replication_factor", *CLUSTER_SETTINGS},
+    "restore": set(), "check": set(), "failovers": {"shard"},
 }  # fmt: skip
 
 
@@ -57,8 +68,9 @@ class _Pending:
 
 
 class Admin:
-    def __init__(self, heard: Heard) -> None:
+    def __init__(self, heard: Heard, failovers: Failovers, knobs: Knobs) -> None:
         self._heard = heard
+        self._failovers, self._knobs = failovers, knobs
         self._pending: list[_Pending] = []
 
     def on_request(
@@ -87,7 +99,7 @@ class Admin:
             raise ShardUnavailable("the map is not read yet; send it again in a moment")
         begin = {
             "failover": self._failover, "transfer": self._transfer, "config": self._config,
-            "restore": self._restore, "check": self._check,
+            "restore": self._restore, "check": self._check, "failovers": self._tell,
         }  # fmt: skip
         return begin[verb](fields, map)
 
@@ -111,7 +123,7 @@ class Admin:
         keyspace = map.keyspaces.get(name) if type(name) is str else None
         if keyspace is None:
             raise KeyspaceUnknown(f"there is no keyspace {name!r}")
-        changes = {key: fields[key] for key in fields if key != "keyspace"}
+        changes = {key: fields[key] for key in _KEYSPACE_SETTINGS if key in fields}
         if changes.get("consistency", "one") not in LEVELS:
             raise MalformedRequest(f"consistency is one of {', '.join(LEVELS)}")
         factor = changes.get("replication_factor", 1)
@@ -119,13 +131,27 @@ class Admin:
             raise MalformedRequest(
                 f"replication_factor is a whole number from 1 to {REPLICATION_FACTOR_MAX}"
             )
+        cluster = _cluster_settings(
+            fields, self._heard.cluster_settings or settings_of(map, self._knobs)
+        )
         wanted = replace(keyspace, **changes)
         self._heard.settings[name] = wanted
-        settings = {
-            "keyspace": name, "policy": wanted.policy, "consistency": wanted.consistency,
-            "replication_factor": wanted.replication_factor,
-        }  # fmt: skip
-        return lambda map: settings if map.keyspaces.get(name) == wanted else None
+        if cluster != map.settings:
+            self._heard.cluster_settings = cluster
+        settings = {"keyspace": name, **asdict(wanted), **asdict(cluster)}
+
+        asked = {key: value for key, value in asdict(cluster).items() if key in fields}
+
+        def look(map: ShardMap) -> dict[str, Any] | None:
+            now = asdict(settings_of(map, self._knobs))
+            is_so = map.keyspaces.get(name) == wanted and {**now, **asked} == now
+            return settings if is_so else None
+
+        return look
+
+    def _tell(self, fields: dict[str, Any], map: ShardMap) -> Look:
+        shard = _shard(fields, map).id if "shard" in fields else None
+        return lambda _: {"failovers": self._failovers.known(shard)}
 
     def _restore(self, fields: dict[str, Any], map: ShardMap) -> Look:
         del fields
@@ -166,11 +192,26 @@ class Admin:
             heard.transfers.pop(fields["shard"], None)
         elif item.verb == "config":
             heard.settings.pop(fields.get("keyspace", "default"), None)
+            heard.cluster_settings = None
         elif item.verb == "restore":
             heard.restoring = False
 
     def next_ns(self) -> int | None:
         return self._pending[0].deadline_ns if self._pending else None
+
+
+def _cluster_settings(fields: dict[str, Any], now: Settings) -> Settings:
+    """Raises MalformedRequest."""
+    changes: dict[str, Any] = {name: fields[name] for name in CLUSTER_SETTINGS if name in fields}
+    for name, value in changes.items():
+        kind, least, greatest = CLUSTER_SETTINGS[name]
+        kinds = (int, float) if kind is float else (kind,)
+        if type(value) not in kinds or not least <= value <= greatest:
+            what = {float: "a number", int: "a whole number", bool: "true or false"}[kind]
+            bounds = "" if kind is bool else f" from {least} to {greatest}"
+            raise MalformedRequest(f"{name} is {what}{bounds}")
+        changes[name] = kind(value)
+    return replace(now, **changes)
 
 
 def _shard(fields: dict[str, Any], map: ShardMap) -> Shard:

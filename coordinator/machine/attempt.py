@@ -24,6 +24,8 @@ class Attempt:
     sealed: dict[Member, tuple[int, int]] = field(default_factory=dict)
     """Member of the last active configuration -> (epoch, seq) of the end of its log."""
     opened: bool = False
+    sealed_ns: int = 0
+    opened_ns: int = 0
 
     @property
     def id(self) -> tuple[int, str]:

@@ -7,6 +7,7 @@ is read again, and `writer` tells whether it was the own change.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,21 +35,25 @@ from bus_kv.protocol.codec import (
     encode_cbor,
     encode_json,
 )  # fmt: skip
-from bus_kv.protocol.messages import failure_headers, heartbeat_from_wire
+from bus_kv.protocol.messages import PROBE, failure_headers, heartbeat_from_wire
 from bus_kv.protocol.shard_map import (
     NodeState,
     ShardMap,
     ShardState,
     delta,
     from_document,
+    settings_of,
     shard_from_document,
     shard_to_document,
     to_document,
 )  # fmt: skip
 from coordinator.machine.admin import Admin
 from coordinator.machine.attempt import Attempt, refused_with
+from coordinator.machine.detector import Detector
+from coordinator.machine.failovers import Failovers
 from coordinator.machine.lease import Lease
 from coordinator.machine.plan import Heard, next_map
+from coordinator.machine.roles import whom_to_ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,16 +87,19 @@ class CoordinatorMachine:
         """A node has seen a newer one, or it is some time ago that it was read."""
         self._read_ns = 0
         """When the store last said what it holds."""
-        self._heard = Heard()
-        self._seen_ns: dict[str, int] = {}
-        """When each node was heard last, or since when it is waited for."""
+        self._detector = Detector(knobs, settings_of(ShardMap(), knobs))
+        self._heard = Heard(
+            silent=self._detector.down, unproven=self._detector.unproven,
+            held=self._detector.held, heard_ns=self._detector.heard_ns,
+        )  # fmt: skip
+        self._failovers = Failovers(config.id)
         self._attempts: dict[str, Attempt] = {}
         self._store_pending = 0
         self._wanted: ShardMap | None = None
         """The map of the compare-and-set that is under way or of unknown outcome."""
         self._first_node_ns: int | None = None
         self._answers: dict[int, Callable[[bytes | None], None]] = {}
-        self._admin = Admin(self._heard)
+        self._admin = Admin(self._heard, self._failovers, knobs)
         self._effects: list[Effect] = []
         self._timers = Timers()
         self._correlation = 0
@@ -101,6 +109,11 @@ class CoordinatorMachine:
         self.now_ns = now_ns
         self._effects += self.lease.start(now_ns)
         self._timers.start("look", now_ns + SECOND_NS)
+
+    def reconnected(self, now_ns: int) -> None:
+        """The bus was away: who was not heard meanwhile is not to blame."""
+        self.now_ns = now_ns
+        self._detector.was_away(now_ns)
 
     def leave(self, now_ns: int) -> None:
         """Give the lease away before the process ends."""
@@ -116,6 +129,10 @@ class CoordinatorMachine:
                 self._on_heartbeat(event)
             case Received(channel="admin"):
                 self._on_admin(event)
+            case Received(channel="suspect"):
+                self._on_suspicion(event)
+            case Received(channel="failover"):
+                self._on_failover(event)
             case Received(channel=channel):
                 raise AssertionError(f"no such channel: {channel}")
             case Responded(correlation, body):
@@ -137,9 +154,15 @@ class CoordinatorMachine:
                 self._read_map()
             elif name == "attempts":
                 self._drive_attempts()
+            elif name == "ask":
+                self._ask_around()
+        self._detector.on_deadline(now_ns)
 
     def next_deadline_ns(self) -> int | None:
-        candidates = [self._timers.next_ns(), self.lease.next_deadline_ns(), self._admin.next_ns()]
+        candidates = [
+            self._timers.next_ns(), self.lease.next_deadline_ns(), self._admin.next_ns(),
+            self._detector.next_deadline_ns(),
+        ]  # fmt: skip
         return min((c for c in candidates if c is not None), default=None)
 
     is_full = False
@@ -151,6 +174,9 @@ class CoordinatorMachine:
 
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns
+        self._tell_suspicions()
+        for node in self._detector.take_probes():
+            self._ask_for_beat(node)
         self._reconcile()
         self._admin.look(self.map, now_ns)
         effects, self._effects = self._effects, []
@@ -167,15 +193,15 @@ class CoordinatorMachine:
             beat = heartbeat_from_wire(decode_body(message.body)[1])
         except BusKVError:
             return
+        self._take_beat(beat)
+
+    def _take_beat(self, beat: Heartbeat, asked: bool = False) -> None:
         newest = self._heard.beats.get(beat.node)
         if newest is not None and beat.run < newest.run:
             return
         self._heard.beats[beat.node] = beat
-        self._seen_ns[beat.node] = self.now_ns
-        if beat.leaving:
-            self._heard.silent.add(beat.node)
-        else:
-            self._heard.silent.discard(beat.node)
+        self._detector.on_heartbeat(beat, self.now_ns, asked)
+        if not beat.leaving:
             self._first_node_ns = self._first_node_ns or self.now_ns
         if self.lease.active:
             self._announce_again(beat)
@@ -199,22 +225,104 @@ class CoordinatorMachine:
                 self._effects.append(Publish(subject, body))
 
     def _look(self) -> None:
-        """Once a second: who is silent, is the wait for a first layout over, is the map to be read again.
+        """Once a second: is the wait for a first layout over, is anybody to be asked, is the map to be read again.
 
-        A compare-and-set of a former leader may succeed so late that nobody announces it.
+        With heartbeats that are closer, as often as they come. The map is read because a compare-and-set of a former
+        leader may succeed so late that nobody announces it.
         """
-        self._timers.start("look", self.now_ns + SECOND_NS)
-        patience_ns = int(
-            self.knobs.heartbeat_interval_s * self.knobs.heartbeat_misses_max * SECOND_NS
-        )
+        interval_ns = int(self._detector.settings.heartbeat_interval_s * SECOND_NS)
+        self._timers.start("look", self.now_ns + min(SECOND_NS, interval_ns))
         for id in self.map.nodes if self.map else ():
-            if self.now_ns - self._seen_ns.setdefault(id, self.now_ns) > patience_ns:
-                self._heard.silent.add(id)
+            self._detector.expect(id, self.now_ns)
+        self._timers.start_once("ask", self.now_ns)
         wait_ns = int(self.knobs.layout_wait_s * SECOND_NS)
         first_ns = self._first_node_ns
         self._heard.layout_due = first_ns is not None and self.now_ns - first_ns >= wait_ns
-        interval_ns = int(self.knobs.heartbeat_interval_s * SECOND_NS)
         self._map_is_old |= self.now_ns - self._read_ns >= interval_ns
+
+    # ---- who is there ----
+
+    def _on_suspicion(self, message: Received) -> None:
+        """Somebody has no answer of a node. Every coordinator probes it, so that the next one knows as well."""
+        try:
+            fields = decode_body(message.body)[1]
+            by, reason = str(fields["by"])[:100], str(fields["reason"])[:200]
+        except (BusKVError, KeyError):
+            return
+        self._detector.on_suspicion(message.name, by, reason, self.now_ns)
+
+    def _ask_for_beat(self, node: str) -> None:
+        correlation = self._next_correlation()
+        self._answers[correlation] = partial(self._on_asked, node)
+        subject = self.config.subjects.node_inbox(node)
+        self._effects.append(Request(correlation, subject, PROBE))
+
+    def _on_asked(self, node: str, body: bytes | None) -> None:
+        if body is None:
+            self._detector.on_suspicion(node, self.config.id, "no responders", self.now_ns)
+            return self._detector.on_no_responders(node, self.now_ns)
+        try:
+            beat = heartbeat_from_wire(decode_cbor(body))
+        except BusKVError:
+            return None
+        return self._take_beat(beat, asked=True) if beat.node == node else None
+
+    def _ask_around(self) -> None:
+        """Have those tell how they are whose next heartbeat somebody waits for."""
+        nodes = whom_to_ask(self.map, self._heard) if self.map else set()
+        for node in sorted(nodes):
+            self._ask_for_beat(node)
+        if nodes:
+            self._timers.start("ask", self.now_ns + self.knobs.step_retry_ms * MILLISECOND_NS)
+
+    def _tell_suspicions(self) -> None:
+        """Shards whose primary is suspected, or is so no longer."""
+        for suspicion, is_right in self._detector.take_news():
+            for shard in self.map.shards.values() if self.map else ():
+                if shard.primary == suspicion.node and shard.state is ShardState.ACTIVE:
+                    self._tell(self._failovers.detecting(shard, suspicion, is_right))
+
+    # ---- stories ----
+
+    def _on_failover(self, message: Received) -> None:
+        with contextlib.suppress(BusKVError):
+            self._failovers.on_event(message.name, decode_body(message.body)[1])
+
+    def _tell(self, story: dict[str, Any]) -> None:
+        """On the bus, where this coordinator hears it, too; it is known at once because the next step follows it."""
+        self._failovers.on_event(story["shard"], story)
+        subject = self.config.subjects.failover_event(story["shard"])
+        self._effects.append(Publish(subject, encode_json(story)))
+
+    def _tell_begun(self, old: Shard, new: Shard) -> None:
+        """A takeover has begun, if that is why there is a new epoch."""
+        member = old.member(old.primary)
+        report = self._heard.report(old.id, member) if member else None
+        outage = self._detector.outages.get(old.primary)
+        if old.id in self._heard.failovers:
+            cause, outage = "an operator has asked for it", None
+        elif old.primary in self._detector.down and outage is not None:
+            cause = outage.cause
+        elif member is None or not self._heard.hears(member):
+            cause, outage = "it is not there with this disk", None
+        elif report is not None and report.status == "restarted":
+            cause = "it has restarted"
+        elif self._failovers.is_recovering(old.id):
+            cause, outage = "the attempt before has come to nothing", None
+        else:
+            return
+        story = self._failovers.recovering(old, new, outage, cause, self._heard, self.now_ns)
+        if story is not None:
+            self._tell(story)
+
+    def _tell_completed(self, map: ShardMap, attempts: dict[str, Attempt]) -> None:
+        for story, shard in self._failovers.unfinished(map.shards):
+            attempt = attempts.get(shard.id)
+            if attempt is not None and attempt.id != (shard.epoch, shard.token):
+                attempt = None
+            self._tell(self._failovers.completed(story, shard, attempt, self.now_ns))
+
+    # ---- administration ----
 
     def _on_admin(self, message: Received) -> None:
         """Administration; a standby leaves it to the active coordinator."""
@@ -312,6 +420,11 @@ class CoordinatorMachine:
         """The store holds this map: drop attempts that it does not bear out, begin those that it proves to be ours."""
         old, wanted, self._wanted = self.map, self._wanted, None
         self.map = map
+        self._follow_settings(map)
+        for id, shard in map.shards.items():
+            if old is None or id not in old.shards or old.shards[id].epoch != shard.epoch:
+                self._heard.since_ns[id] = self.now_ns
+        self._tell_completed(map, self._attempts)
         self._attempts = {
             id: attempt
             for id, attempt in self._attempts.items()
@@ -335,10 +448,19 @@ class CoordinatorMachine:
         self._announce(old, map)
         for id, shard in map.shards.items():
             if shard.state is ShardState.RECOVERING and old.shards.get(id) != shard:
+                if id in old.shards:
+                    self._tell_begun(old.shards[id], shard)
                 self._attempts[id] = Attempt(shard, self.now_ns, self.now_ns)
                 self._heard.failovers.discard(id)
                 self._heard.transfers.pop(id, None)
         self._drive_attempts()
+
+    def _follow_settings(self, map: ShardMap) -> None:
+        self._detector.settings = settings_of(map, self.knobs)
+        self._heard.auto_failover = self._detector.settings.auto_failover
+        if map.settings == self._heard.cluster_settings:
+            self._heard.cluster_settings = None
+        self._timers.start("ask", self.now_ns)
 
     def _announce(self, old: ShardMap, new: ShardMap) -> None:
         body = encode_json(delta(old, new))
@@ -370,13 +492,17 @@ class CoordinatorMachine:
     def _on_answer(self, attempt: Attempt, member: Member, body: bytes | None) -> None:
         if self._attempts.get(attempt.shard.id) is not attempt or body is None:
             return
-        sealed_before = attempt.is_sealed
+        sealed_before, opened_before = attempt.is_sealed, attempt.opened
         try:
             fields = decode_cbor(body)
             attempt.on_answer(member, fields)
             promised_epoch = refused_with(fields)
         except (BusKVError, KeyError, TypeError, ValueError):
             return
+        if attempt.is_sealed and not sealed_before:
+            attempt.sealed_ns = self.now_ns
+        if attempt.opened and not opened_before:
+            attempt.opened_ns = self.now_ns
         if attempt.opened:
             self._note_opened(attempt.shard)
         if "forgotten" in fields:

@@ -18,6 +18,7 @@ from bus_kv.protocol.shard_map import (
     Shard,
     ShardMap,
     ShardState,
+    settings_of,
 )  # fmt: skip
 from coordinator.machine.roles import Roles, next_roles
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from bus_kv.knobs import Knobs
     from bus_kv.protocol.messages import Heartbeat, ReplicaReport
+    from bus_kv.protocol.shard_map import Settings
 
 FIRST_SHARD = "s1"
 
@@ -37,7 +39,17 @@ class Heard:
     beats: dict[str, Heartbeat] = field(default_factory=dict)
     """Newest heartbeat of every node."""
     silent: set[str] = field(default_factory=set)
-    """Nodes that have missed too many, or said that they leave; only asked for members, never iterated."""
+    """Nodes that are down; only asked for members, never iterated, like the next two."""
+    unproven: set[str] = field(default_factory=set)
+    """Nodes that were down a short while ago: others are preferred as primaries."""
+    held: set[str] = field(default_factory=set)
+    """Nodes that go down again and again: they are given nothing new to learn for now."""
+    heard_ns: Callable[[str], int] = lambda _: 0
+    """When a node gave a sign of life last."""
+    since_ns: dict[str, int] = field(default_factory=dict)
+    """Shard -> when this coordinator saw its epoch begin."""
+    auto_failover: bool = True
+    """False: another node becomes primary only when an operator says so."""
     layout_due: bool = False
     """The wait for more nodes is over."""
     opened: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -54,6 +66,8 @@ class Heard:
     """Shard -> member that an operator wants as its primary."""
     settings: dict[str, Keyspace] = field(default_factory=dict)
     """Keyspaces as an operator wants them."""
+    cluster_settings: Settings | None = None
+    """What holds for the whole cluster, as an operator wants it."""
     restoring: bool = False
     """An operator wants the nodes' newest map as the map."""
     newest: ShardMap | None = None
@@ -80,6 +94,10 @@ class Heard:
             and member.node not in self.silent
         )  # fmt: skip
 
+    def is_fresh(self, shard: str, member: Member) -> bool:
+        """Whether a node gave a sign of life after the shard's epoch had begun."""
+        return self.heard_ns(member.node) >= self.since_ns.get(shard, 0)
+
     def report(self, shard: str, member: Member) -> ReplicaReport | None:
         """What a member says about its replica, if it still is the one that the map means (R8)."""
         beat = self.beats.get(member.node)
@@ -99,8 +117,11 @@ def next_map(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]
         name: wanted for name, wanted in heard.settings.items()
         if old.keyspaces.get(name, wanted) != wanted
     }  # fmt: skip
-    if changed:
-        return old.changed(keyspaces={**old.keyspaces, **changed}, writer=token())
+    settings = heard.cluster_settings or old.settings
+    if changed or settings != old.settings:
+        return old.changed(
+            keyspaces={**old.keyspaces, **changed}, settings=settings, writer=token()
+        )
     nodes = _nodes(old, heard)
     if nodes != old.nodes:
         return old.changed(nodes=nodes, writer=token())
@@ -135,7 +156,8 @@ def _restored(old: ShardMap, newest: ShardMap, heard: Heard, token: Callable[[],
     )
     shards = dict(newest.shards)
     for id, record in sorted(heard.records.items()):
-        if id not in shards or record.epoch > shards[id].epoch:
+        # Also of the same epoch: a replica may know that it became ACTIVE and no node's map does.
+        if id not in shards or record.epoch >= shards[id].epoch:
             shards[id] = record
     for id, shard in sorted(shards.items()):
         promises = {(r.epoch, r.token) for r in reports if r.id == id and r.epoch > shard.epoch}
@@ -179,8 +201,9 @@ def _lay_out(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]
     )  # fmt: skip
     keyspace = Keyspace(replication_factor=knobs.replication_factor)
     return old.changed(
-        keyspaces={"default": keyspace}, shards={shard.id: shard}, last_epoch=epoch, writer=token()
-    )
+        keyspaces={"default": keyspace}, shards={shard.id: shard}, last_epoch=epoch,
+        settings=settings_of(old, knobs), writer=token(),
+    )  # fmt: skip
 
 
 def reconfigured(shard: Shard, roles: Roles, epoch: int, token: str) -> Shard:

@@ -36,7 +36,7 @@ def next_roles(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
     if shard.state is not ShardState.ACTIVE:
         return _start_again(shard, map, heard)
     if shard.id in heard.failovers:
-        return _take_over(shard, shard.members, heard, without=shard.primary)
+        return _take_over(shard, shard.members, heard)
     if _primary_is_lost(shard, heard):
         return _take_over(shard, shard.members, heard)
     fit = [_is_fit(shard, member, heard) for member in shard.members]
@@ -81,13 +81,26 @@ def _primary_is_lost(shard: Shard, heard: Heard) -> bool:
     return report.epoch > shard.epoch or (same and report.status in ("restarted", "promised"))
 
 
-def _take_over(shard: Shard, last_active: Members, heard: Heard, without: str = "") -> Roles | None:
-    """Those that are there go on, under the one with the longest log, as far as is known."""
-    there = [m for m in last_active if heard.hears(m) and m.node != without]
+def _take_over(shard: Shard, last_active: Members, heard: Heard) -> Roles | None:
+    """Those that are there go on, under the one with the longest log, as far as is known.
+
+    Where an operator has asked for it, they do so without the primary; where only an operator may ask, under no other.
+    """
+    by_order = shard.id in heard.failovers
+    there = [
+        m for m in last_active if heard.hears(m) and not (by_order and m.node == shard.primary)
+    ]
     n = len(last_active)
     if len(there) < n - (n // 2 + 1) + 1:
         return None
-    best = max(there, key=lambda m: (_last(heard.report(shard.id, m)), m.node == shard.primary))
+    candidates = [m for m in there if m.node not in heard.unproven] or there
+    if not (heard.auto_failover or by_order):
+        candidates = [m for m in there if m.node == shard.primary]
+    if not candidates:
+        return None
+    best = max(
+        candidates, key=lambda m: (_last(heard.report(shard.id, m)), m.node == shard.primary)
+    )
     return Roles(tuple(there), best.node, _there(shard.learners, heard))
 
 
@@ -128,6 +141,8 @@ def _grow(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
     ]
     used = {m.node for m in (*shard.members, *shard.learners)}
     spares = [m for m in spares if m.node not in used and heard.hears(m)]
+    # One that may have died when this epoch began has to be heard again: a learner costs an epoch.
+    spares = [m for m in spares if m.node not in heard.held and heard.is_fresh(shard.id, m)]
     if not spares:
         return None
     load = _replica_counts(map)
@@ -136,6 +151,21 @@ def _grow(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
         spares, key=lambda m: (heard.report(shard.id, m) is None, load.get(m.node, 0), m.node)
     )
     return Roles(shard.members, shard.primary, (*shard.learners, best))
+
+
+def whom_to_ask(map: ShardMap, heard: Heard) -> set[str]:
+    """Nodes whose next heartbeat somebody waits for: learners and their primaries, and spares that were not heard."""
+    nodes: set[str] = set()
+    for shard in map.shards.values():
+        if shard.state is not ShardState.ACTIVE:
+            continue
+        if shard.learners:
+            nodes |= {shard.primary, *(m.node for m in shard.learners)}
+        elif len(shard.members) < map.keyspaces[shard.keyspace].replication_factor:
+            used = {m.node for m in shard.members}
+            spares = [_member(map, id) for id in map.nodes if id not in used]
+            nodes |= {m.node for m in spares if heard.hears(m) and not heard.is_fresh(shard.id, m)}
+    return nodes
 
 
 def _member(map: ShardMap, id: str) -> Member:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.core.machine import LogRead
+from bus_kv.core.machine import LogRead, Publish
 from bus_kv.errors import BusKVError
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.entry import decode_entry
-from bus_kv.protocol.messages import position_from_wire, record_from_wire, seal_from_wire
+from bus_kv.protocol.messages import PROBE, position_from_wire, record_from_wire, seal_from_wire
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document, to_document
 from nodes.machine.status import LEADING
 
@@ -42,6 +42,7 @@ class Control:
                 "told": self._on_told,
                 "remembered": self._on_remembered,
                 "sql": self._on_sql,
+                "beat": self._on_beat,
             }[fields["type"]]
             handle(fields, partial(self._reply_control, message))
         except (BusKVError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -51,6 +52,19 @@ class Control:
 
     def _reply_control(self, message: Received, fields: dict[str, Any]) -> None:
         self._node.reply(message, encode_cbor({"node": self._node.config.id, **fields}))
+
+    def _on_beat(self, fields: dict[str, Any], reply: Reply) -> None:
+        """A coordinator cannot wait for the next heartbeat."""
+        del fields
+        if self._node.is_running:
+            reply({"type": "beat", **self._node.heartbeat().to_wire()})
+
+    def express(self, message: Received) -> Publish | None:
+        """The answer to a probe, before everything that waits for its turn: who is busy is not gone."""
+        if message.body != PROBE or not message.reply or not self._node.is_running:
+            return None
+        beat = {"type": "beat", **self._node.heartbeat().to_wire()}
+        return Publish(message.reply, encode_cbor(beat))
 
     def _on_hello(self, fields: dict[str, Any], reply: Reply) -> None:
         if tuple(fields["run"]) != self._node.config.run:

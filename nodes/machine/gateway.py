@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.core.circuit import Circuit
 from bus_kv.core.fate import Fate
 from bus_kv.errors import (
     BusKVError,
@@ -47,6 +48,12 @@ if TYPE_CHECKING:
 
     from bus_kv.protocol.shard_map import Shard
     from nodes.machine.node import NodeMachine
+
+
+PAUSE_NS = 50 * MILLISECOND_NS
+"""A part that has to wait is tried again after this."""
+SETTLE_NS = 5 * MILLISECOND_NS
+"""And so long after a change of the map: a primary that serves from now on hears of it no sooner."""
 
 
 @dataclass(slots=True)
@@ -120,6 +127,9 @@ class Gateway:
         self._number = 0
         self._parts: dict[int, _Part] = {}
         self._wakes: list[tuple[int, int]] = []
+        self.circuit = Circuit(node.knobs.suspect_after_ms * MILLISECOND_NS)
+        self._answered_ns: dict[str, int] = {}
+        """Node -> when it answered last."""
 
     def start(
         self, request: DataRequest | ShardRequest, now_ns: int,
@@ -219,6 +229,11 @@ class Gateway:
         if shard.state is not ShardState.ACTIVE:
             part.failure = ShardUnavailable(f"shard {shard.id} is {shard.state}; send it again")
             return self._pause(part, now_ns)
+        is_own = shard.primary == self._node.config.id
+        if not (is_own or self.circuit.lets_through(shard.primary, now_ns)):
+            silence = f"{shard.primary}, the primary of shard {shard.id}, does not answer"
+            part.failure = ShardUnavailable(f"{silence}; send it again")
+            return self._pause(part, now_ns)
         return self._send(part, shard, now_ns)
 
     def _split(self, part: _Part, groups: dict[str | None, list[int]], now_ns: int) -> None:
@@ -307,10 +322,10 @@ class Gateway:
         part.anywhere = False
         self._route(part, now_ns)
 
-    def _pause(self, part: _Part, now_ns: int) -> None:
+    def _pause(self, part: _Part, now_ns: int, pause_ns: int = PAUSE_NS) -> None:
         correlation = self._node.next_correlation()
         self._parts[correlation] = part
-        self._wake(correlation, now_ns + 50 * MILLISECOND_NS, part)
+        self._wake(correlation, now_ns + pause_ns, part)
 
     def _wake(self, correlation: int, at_ns: int, part: _Part) -> None:
         heapq.heappush(self._wakes, (min(at_ns, part.deadline_ns), correlation))
@@ -322,6 +337,9 @@ class Gateway:
         part = self._parts.pop(correlation, None)
         if part is None:
             return False
+        if not part.anywhere and body is not None:
+            self.circuit.succeed(part.node)
+            self._answered_ns[part.node] = self._node.now_ns
         if body is None:
             if not part.anywhere:
                 self._node.suspect(part.shard, "no responders")
@@ -348,7 +366,7 @@ class Gateway:
             return self._on_failure(part, reply)
         assert part.batch is not None
         if not part.anywhere:
-            self._node.silent.pop(part.shard, None)
+            self._node.suspicions.silent.pop(part.shard, None)
         results = [
             result_of(part.batch, reply, i, part.shard, part.node) for i in range(len(part.batch))
         ]
@@ -470,16 +488,26 @@ class Gateway:
         shard = self._node.map.shards.get(part.shard)
         if shard is None or shard.epoch != part.epoch:
             return self._route_again(correlation, part, now_ns)
+        patience_ns = self._knobs.suspect_after_ms * MILLISECOND_NS
+        answered_ns = self._answered_ns.get(part.node, 0)
+        if now_ns - answered_ns < patience_ns:
+            # It is busy with others: not silent.
+            return self._wake(correlation, answered_ns + patience_ns, part)
         if not part.suspected:
             part.suspected = True
+            self.circuit.fail(part.node, now_ns)
             self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
         return self._wake(correlation, part.deadline_ns, part)
 
     def on_map(self, now_ns: int) -> None:
-        """The map changed: parts that wait, and those that nobody answers, are routed again at once."""
+        """The map changed: parts that wait, and those that nobody answers, are soon routed again."""
         for correlation, part in list(self._parts.items()):
             if part.waits or part.suspected:
-                self._route_again(correlation, part, now_ns)
+                del self._parts[correlation]
+                if not part.waits:
+                    part.abandon()
+                part.waits, part.suspected = True, False
+                self._pause(part, now_ns, SETTLE_NS)
 
     def _route_again(self, correlation: int, part: _Part, now_ns: int) -> None:
         del self._parts[correlation]

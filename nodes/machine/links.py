@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.machine import Publish, Subscribe
+from bus_kv.core.machine import CutRow, Publish, Subscribe
 from bus_kv.knobs import SECOND_NS
-from bus_kv.protocol.codec import encode_cbor
+from bus_kv.protocol.codec import encode_cbor, encode_json
 from nodes.machine.status import Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import Effect
+    from bus_kv.core.machine import Effect, EntryRow
     from nodes.machine.node import NodeMachine
     from nodes.machine.replica import Replica
 
@@ -76,6 +76,18 @@ class Links:
         changes = [(c, False) for c in before if c not in wanted]
         changes += [(c, True) for c in wanted if c not in before]
         return [Subscribe(channel, shard, on) for channel, on in changes]
+
+    def tell_cuts(self, rows: list[EntryRow | CutRow]) -> list[Effect]:
+        """What this node takes out of its log, because another log was chosen, is said on the bus."""
+        config = self._node.config
+        return [
+            Publish(
+                config.subjects.failover_event(row.shard),
+                encode_json({"shard": row.shard, "node": config.id, "cut_behind": row.last}),
+            )
+            for row in rows
+            if isinstance(row, CutRow) and row.keep
+        ]
 
     def take_tells(self) -> list[Effect]:
         tells, self._tells = self._tells, {}

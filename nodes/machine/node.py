@@ -49,7 +49,6 @@ from bus_kv.protocol.codec import (
 )  # fmt: skip
 from bus_kv.protocol.messages import (
     Heartbeat,
-    ReplicaReport,
     Run,
     failure_headers,
     heartbeat_from_wire,
@@ -67,6 +66,7 @@ from bus_kv.protocol.shard_map import (
     ShardState,
     apply_delta,
     from_document,
+    settings_of,
     shard_from_document,
     to_document,
 )  # fmt: skip
@@ -80,10 +80,12 @@ from nodes.machine.links import Links
 from nodes.machine.map_reader import MapReader
 from nodes.machine.replica import Past, Ports, Replica
 from nodes.machine.replicas import Replicas
+from nodes.machine.reports import heartbeat_of
 from nodes.machine.shard_requests import ShardRequests
 from nodes.machine.snapshot import Snapshots
 from nodes.machine.sql import SqlGateway
 from nodes.machine.status import Status
+from nodes.machine.suspicions import Suspicions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,8 +94,6 @@ if TYPE_CHECKING:
     from bus_kv.subjects import Subjects
     from nodes.machine.links import Then
 
-HELLO_WAIT_NS = 300 * MILLISECOND_NS
-"""How long a starting node waits for another process to say that it has the same id."""
 ENDPOINTS = (*VERBS, "shard")
 
 
@@ -121,8 +121,6 @@ class NodeMachine:
         self.peers: dict[str, tuple[int, Heartbeat]] = {}
         """Newest heartbeat of each node, and when it came."""
         self.endpoints: dict[str, Endpoint] = {}
-        self.silent: dict[str, str] = {}
-        """Shards that did not answer this node's last forward, and how."""
         self.stalled = ""
         """Why the log cannot take more at the moment."""
         self.fold_stalled = ""
@@ -130,10 +128,12 @@ class NodeMachine:
         self._gateway = Gateway(self, f"{config.run[1]}-g")
         self.door = Door(self)
         self.links = Links(self)
+        self.suspicions = Suspicions(self)
         self.sql = SqlGateway(self)
         self.snapshots = Snapshots(self)
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
+        self.express = self._control.express
         self._map_reader = MapReader(self)
         self.is_running = False
         self._effects: list[Effect] = []
@@ -216,7 +216,7 @@ class NodeMachine:
         self._hello = self.next_correlation()
         body = encode_cbor({"type": "hello", "run": self.config.run})
         self._effects.append(Request(self._hello, subject, body))
-        self._timers.start("hello", now_ns + HELLO_WAIT_NS)
+        self._timers.start("hello", now_ns + self.knobs.hello_wait_ms * MILLISECOND_NS)
 
     def _run(self) -> None:
         self.is_running, self._hello = True, None
@@ -315,6 +315,7 @@ class NodeMachine:
             added, row = replica.take_rows()
             if added or row is not None:
                 handed.append(replica)
+                self._effects += self.links.tell_cuts(added)
                 entries += added
                 rows += [row] if row is not None else []
             trim = replica.end_turn()
@@ -362,6 +363,8 @@ class NodeMachine:
                 self._on_heartbeat(message)
             case "map":
                 self._on_delta(message)
+            case "suspect":
+                self.suspicions.on_message(message)
             case channel:
                 raise AssertionError(f"no such channel: {channel}")
 
@@ -463,7 +466,10 @@ class NodeMachine:
     def _adopt(self, map: ShardMap) -> None:
         if map.map_version <= self.map.map_version:
             return
+        interval_s = self._heartbeat_interval_s
         self.map, self._map_changed = map, True
+        if interval_s != self._heartbeat_interval_s:
+            self.beat()
         if self.is_running:
             for shard in map.shards.values():
                 self.follow(shard)
@@ -484,7 +490,7 @@ class NodeMachine:
         own = (shard.epoch, shard.token) == replica.promised and shard.primary == self.config.id
         if own and replica.status is Status.OPENED and replica.is_opened:
             replica.activate(shard)
-            self.silent.pop(shard.id, None)
+            self.suspicions.silent.pop(shard.id, None)
             self.beat()
         elif shard.epoch > replica.promised[0]:
             replica.step_down("another configuration of the shard is active")
@@ -510,8 +516,12 @@ class NodeMachine:
         """Send a heartbeat now, and the next after an interval."""
         if self.is_running:
             self._publish_heartbeat()
-            interval_ns = int(self.knobs.heartbeat_interval_s * SECOND_NS)
+            interval_ns = int(self._heartbeat_interval_s * SECOND_NS)
             self._timers.start("heartbeat", self.now_ns + interval_ns)
+
+    @property
+    def _heartbeat_interval_s(self) -> float:
+        return settings_of(self.map, self.knobs).heartbeat_interval_s
 
     def _publish_heartbeat(self, leaving: bool = False) -> None:
         beat = replace(self.heartbeat(), leaving=leaving)
@@ -519,12 +529,7 @@ class NodeMachine:
         self._effects.append(Publish(subject, encode_json(beat.to_wire())))
 
     def heartbeat(self) -> Heartbeat:
-        config = self.config
-        return Heartbeat(
-            config.id, config.incarnation, config.run, zone=config.zone, weight=config.weight,
-            version=config.version, value_bytes_max=self.sizes.value,
-            map_version=self.map.map_version, shards=[*map(_report, self.replicas.values())],
-        )  # fmt: skip
+        return heartbeat_of(self)
 
     def _on_heartbeat(self, message: Received) -> None:
         try:
@@ -533,18 +538,12 @@ class NodeMachine:
             return
         if beat.node != self.config.id:
             self.peers[beat.node] = (self.now_ns, beat)
-            self._hear_again(beat)
+            self._gateway.circuit.succeed(beat.node)
+            self.suspicions.on_heartbeat(beat)
         elif beat.run > self.config.run:
             self._halt_for_newer()
         if beat.map_version > self.map.map_version:
             self.fetch_map()
-
-    def _hear_again(self, beat: Heartbeat) -> None:
-        """A primary that beats is there again, be it that nobody asks this node for its shards any more."""
-        for report in beat.shards:
-            shard = self.map.shards.get(report.id)
-            if report.status == "active" and shard is not None and shard.primary == beat.node:
-                self.silent.pop(report.id, None)
 
     def _halt_for_newer(self) -> None:
         self._effects.append(
@@ -575,6 +574,11 @@ class NodeMachine:
         self._effects.append(Request(correlation, subject, body))
         return correlation
 
+    def suspect(self, shard: str, reason: str) -> None:
+        """Say on the bus that a shard's primary does not answer. A hint: it affects speed, never safety."""
+        said = self.suspicions.say(shard, reason)
+        self._effects += [said] if said else []
+
     def _on_response(self, correlation: int, body: bytes | None) -> None:
         waiting = self.links.take_call(correlation)
         if waiting is not None:
@@ -591,22 +595,3 @@ class NodeMachine:
             self._effects.append(
                 Halt(1, f"node {self.config.id} runs already; stop it first or use another --id")
             )
-
-    def suspect(self, shard: str, reason: str) -> None:
-        """Say on the bus that a shard's primary does not answer. A hint: it affects speed, never safety."""
-        record = self.map.shards.get(shard)
-        if record is None:
-            return
-        self.silent[shard] = reason
-        body = {"node": record.primary, "shard": shard, "by": self.config.id, "reason": reason}
-        subject = self.config.subjects.suspect_event(record.primary)
-        self._effects.append(Publish(subject, encode_json(body)))
-
-
-def _report(replica: Replica) -> ReplicaReport:
-    table = replica.table
-    return ReplicaReport(
-        replica.shard.id, *replica.promised,
-        "stranded" if replica.is_stranded else str(replica.status), replica.last, replica.commit_seq,
-        replica.folder.mark.last, table.keys, table.data_bytes, replica.operations,
-    )  # fmt: skip

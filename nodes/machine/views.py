@@ -23,7 +23,7 @@ def _health(node: NodeMachine) -> dict[str, Any]:
     reasons = [r for shard in node.map.shards.values() for r in _shard_reasons(node, shard)]
     if not node.map.shards:
         reasons.append("no shard is laid out")
-    reasons += [f"shard {id} does not answer: {why}" for id, why in node.silent.items()]
+    reasons += [f"shard {id} does not answer: {why}" for id, why in node.suspicions.silent.items()]
     if node.stalled:
         reasons.append(f"node {node.config.id} cannot write its log: {node.stalled}")
     if node.fold_stalled:
@@ -70,6 +70,7 @@ def _stats(node: NodeMachine) -> dict[str, Any]:
         "average_latency_ms": _average_latency_ms(node),
         "shards": shards,
         "nodes": nodes,
+        "suspects": node.suspicions.shown(),
     }
 
 

@@ -106,6 +106,8 @@ async def test_config_shows_and_sets_the_default_of_requests(
     shown = (await bus_kv("config", "get", "--json")).document()
     assert shown == {
         "keyspace": "default", "policy": "range", "consistency": "quorum", "replication_factor": 3,
+        "heartbeat_interval_s": 0.5, "heartbeat_misses_max": 3, "heartbeat_good_min": 3,
+        "auto_failover": True,
     }  # fmt: skip
     ran = await bus_kv("config", "set", "consistency", "one", "--keyspace", "default")
     assert ran.text == "consistency of keyspace default is one\n"
@@ -130,12 +132,16 @@ async def test_config_sets_how_many_members_a_shard_has(cluster: Cluster, bus_kv
 
 
 async def test_settings_that_cannot_be_are_refused(bus_kv: Command) -> None:
-    wrong = [("consistency", "some"), ("replication_factor", "two"), ("colour", "red")]
+    wrong = [
+        ("consistency", "some"), ("replication_factor", "two"), ("colour", "red"),
+        ("auto_failover", "yes"), ("heartbeat_interval_s", "often"), ("heartbeat_good_min", "1.5"),
+    ]  # fmt: skip
     for name, value in wrong:
         ran = await bus_kv("config", "set", name, value)
         assert (ran.code, ran.out) == (2, b"")
-    refused = await bus_kv("config", "set", "replication_factor", "99")
-    assert (refused.code, refused.err.split(":")[1]) == (1, " MALFORMED_REQUEST")
+    for name, value in (("replication_factor", "99"), ("heartbeat_interval_s", "0")):
+        refused = await bus_kv("config", "set", name, value)
+        assert (refused.code, refused.err.split(":")[1]) == (1, " MALFORMED_REQUEST")
     for words in (("get",), ("set", "consistency", "one")):
         ran = await bus_kv("config", *words, "--keyspace", "nope")
         assert (ran.code, ran.err.split(":")[1]) == (1, " KEYSPACE_UNKNOWN")

@@ -20,14 +20,18 @@ from nodes.machine.replication import Replication
 from nodes.machine.status import Status
 from nodes.machine.writer import Writer
 from tests.simulation.test_seeds import run_all
+from tests.simulator.faults import Faults
+from tests.simulator.state import Shard as State
 from tests.simulator.world import Violation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import ReplicaRow, Stored
+    from bus_kv.core.machine import Load, ReplicaRow, Stored
     from bus_kv.protocol.shard_map import Shard
     from coordinator.machine.roles import Roles
+    from tests.simulator.disk import Disk
+    from tests.simulator.process import Process
 
 
 def backup_acknowledges_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +182,11 @@ def newest_heartbeat_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Attempt, "_open", lambda self, to: {**open(self, to), "best": (0, 0)})
 
 
+def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read is answered from writes that are not committed yet."""
+    monkeypatch.setattr(Writer, "_committed", lambda self, keys: [self.latest(k) for k in keys])
+
+
 def read_without_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """A QUORUM read is answered by a primary that may have been replaced."""
 
@@ -218,6 +227,17 @@ def dedup_not_shared_while_uncommitted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Writer, "accept", unknown)
 
 
+def dedup_lost_in_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a learner takes has the records, and not the requests that made them."""
+
+    def load(self: State, chunk: Load) -> None:
+        honest(self, chunk)
+        self.requests = []
+
+    honest = State.load
+    monkeypatch.setattr(State, "load", load)
+
+
 def all_is_every_reachable_member(monkeypatch: pytest.MonkeyPatch) -> None:
     """ALL is answered when a majority has it."""
     monkeypatch.setattr(Replication, "all", Replication.quorum)
@@ -248,10 +268,40 @@ def older_epochs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replica, "_progress", progress)
 
 
+def cut_below_commit_seq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What conflicts is cut together with the last committed entry before it."""
+
+    def deep(self: Replica, count: int) -> None:
+        cut(self, count)
+        self._rows[-1] = replace(self._rows[-1], last=self.commit_seq - 1)
+
+    cut = Replica.cut
+    monkeypatch.setattr(Replica, "cut", deep)
+
+
+def forgetting_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica answers a seal whose map does not know what it has promised."""
+    monkeypatch.setattr(control.Control, "_forgotten_by", lambda self, record, replica: None)
+
+
+def wiped_node_keeps_its_incarnation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node whose disk is lost comes back as the member that it was, with nothing."""
+
+    def same(self: Faults, process: Process, lost: Disk) -> Disk:
+        disk = new_disk(self, process, lost)
+        disk.incarnation = lost.incarnation
+        return disk
+
+    new_disk = Faults._new_disk
+    monkeypatch.setattr(Faults, "_new_disk", same)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("plant", "promise"),
     [
+        (cut_below_commit_seq, "R2"),
+        (dedup_lost_in_a_snapshot, "R6|exactly once"),
         (backup_acknowledges_before_fsync, "R4|durability"),
         (all_is_every_reachable_member, "R4"),
         (dedup_not_shared_while_uncommitted, "exactly once"),

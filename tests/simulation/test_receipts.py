@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from bus_kv.knobs import Knobs
 from bus_kv.protocol import batch as b
 from nodes.machine.replica import Replica
 from tests.simulator import checkers
-from tests.simulator.cluster import Cluster, Shape, draw_shape
-from tests.simulator.run import LIVENESS_NS, SAFETY_NS
+from tests.simulator.cluster import Cluster
+from tests.simulator.faults import Faults
+from tests.simulator.run import LIVENESS_NS
+from tests.simulator.shape import Shape, draw_shape
 from tests.simulator.world import MILLISECOND_NS, SECOND_NS, START_NS, Violation, World
 
 if TYPE_CHECKING:
@@ -39,11 +41,11 @@ class Put:
     version: tuple[int, int] | None = None
 
 
-class BearableCluster(Cluster):
+class BearableFaults(Faults):
     """Every disk comes back: the log has what was committed."""
 
-    def _lose_disk(self, process: Process) -> None:
-        self._crash(process)
+    def lose_disk(self, process: Process) -> None:
+        self.crash(process)
 
 
 @dataclass
@@ -109,13 +111,15 @@ class Writer:
 def run(seed: int) -> list[Told]:
     """All that was told, the last of it after healing. Raises Violation."""
     world = World(seed)
-    cluster = BearableCluster(world, draw_shape(world))
+    shape = replace(draw_shape(world), bounds=None, safety_ns=2 * SECOND_NS)
+    cluster = Cluster(world, shape)
+    faults = BearableFaults(cluster)
     cluster.start()
     writers = [Writer(world, cluster, f"w{i}") for i in range(2)]
     world.run_until(START_NS + SECOND_NS, done=lambda: cluster.is_serving)
-    cluster.begin_faults()
-    world.run_until(world.now_ns + SAFETY_NS[cluster.shape.haste])
-    cluster.heal()
+    faults.begin()
+    world.run_until(world.now_ns + shape.safety_ns)
+    faults.heal()
     for writer in writers:
         writer.stopped = True
     world.run_until(world.now_ns + LIVENESS_NS, done=lambda: cluster.is_settled)

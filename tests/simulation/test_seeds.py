@@ -21,7 +21,6 @@ from nodes.machine.replica import Replica
 from nodes.machine.replicas import Replicas
 from nodes.machine.replication import Replication
 from nodes.machine.status import Status
-from nodes.machine.writer import Writer
 from tests.simulator.__main__ import run_many
 from tests.simulator.run import run
 from tests.simulator.world import Violation
@@ -133,12 +132,6 @@ def loaded_records_replace_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loader, "_learn", learn)
 
 
-def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read is answered from writes that are not durable yet."""
-
-    monkeypatch.setattr(Writer, "_committed", lambda self, keys: [self.latest(k) for k in keys])
-
-
 def restarted_primary_resumes_its_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node that comes back goes on serving the epoch it had opened in its former life."""
     follow = NodeMachine.follow
@@ -196,7 +189,6 @@ def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (ack_before_fsync, "durability|linearizability|R4"),
         (dedup_lost_at_takeover, "exactly once"),
-        (read_from_the_tail, "linearizability"),
         (restarted_primary_resumes_its_epoch, "R7"),
         (seal_told_before_it_is_durable, "R1"),
         (serves_before_active, "step 4"),

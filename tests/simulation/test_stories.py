@@ -10,7 +10,8 @@ import pytest
 from bus_kv.core.machine import Received
 from bus_kv.knobs import Knobs
 from bus_kv.protocol.codec import encode_json
-from tests.simulator.cluster import Cluster, Shape
+from tests.simulator.cluster import Cluster
+from tests.simulator.shape import Shape
 from tests.simulator.traces import FOLDER, STORIES, text_of
 from tests.simulator.world import MILLISECOND_NS, SECOND_NS, START_NS, World
 

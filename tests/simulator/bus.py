@@ -32,7 +32,8 @@ class Bus:
         self._world = world
         self._slow_delay_ns = SLOW_DELAY_NS // haste
         self._random = world.random("bus")
-        self._subscriptions: list[Subscription] = []
+        self._subscriptions: dict[str, list[Subscription]] = {}
+        """Pattern -> who listens."""
         self._last_delivery_ns: dict[tuple[str, str], int] = {}
         self.loss = 0.0
         """Chance that a delivery is lost."""
@@ -40,16 +41,17 @@ class Bus:
         """Chance that a delivery takes far longer than usual."""
 
     def subscribe(self, process: Process, channel: str, pattern: str, queue: str = "") -> None:
-        self._subscriptions.append(Subscription(process, process.life, channel, pattern, queue))
+        subscription = Subscription(process, process.life, channel, pattern, queue)
+        self._subscriptions.setdefault(pattern, []).append(subscription)
 
     def unsubscribe(self, process: Process, pattern: str) -> None:
-        self._subscriptions = [
-            s for s in self._subscriptions if s.process is not process or s.pattern != pattern
-        ]
+        listening = self._subscriptions.get(pattern, [])
+        self._subscriptions[pattern] = [s for s in listening if s.process is not process]
 
     def forget(self, process: Process) -> None:
         """The process died: its connection closed and its subscriptions with it."""
-        self._subscriptions = [s for s in self._subscriptions if s.process is not process]
+        for pattern in self._subscriptions:
+            self.unsubscribe(process, pattern)
 
     def publish(self, sender: Process, subject: str, body: bytes, reply: str = "") -> None:
         self._world.note(sender.name, f"-> {subject}", body)
@@ -69,9 +71,10 @@ class Bus:
         return None
 
     def _choose(self, subject: str) -> list[Subscription]:
-        matching = [s for s in self._subscriptions if _matches(s.pattern, subject)]
+        exact = self._subscriptions.get(subject, [])
+        by_stem = self._subscriptions.get(f"{subject.rpartition('.')[0]}.*", [])
         groups: dict[str, list[Subscription]] = {}
-        for subscription in matching:
+        for subscription in exact + by_stem:
             groups.setdefault(subscription.queue, []).append(subscription)
         chosen = groups.pop("", [])
         return chosen + [self._random.choice(members) for members in groups.values()]
@@ -94,10 +97,3 @@ class Bus:
         when_ns = max(self._world.now_ns + delay_ns, self._last_delivery_ns.get(pair, 0))
         self._last_delivery_ns[pair] = when_ns
         self._world.at(when_ns, lambda: process.receive(life, event))
-
-
-def _matches(pattern: str, subject: str) -> bool:
-    if not pattern.endswith(".*"):
-        return pattern == subject
-    stem, _, token = subject.rpartition(".")
-    return bool(token) and stem == pattern[:-2]

@@ -7,6 +7,7 @@ linearizability per key, each in about linear time (versions make the order know
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from bus_kv.protocol import batch as b
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bus_kv.core.machine import EntryRow
+    from bus_kv.protocol.shard_map import Shard as MapShard
     from nodes.machine.replica import Replica
     from nodes.machine.table import Record, Table
     from tests.simulator.state import Shard
@@ -75,6 +77,13 @@ def check_same(log: list[EntryRow], own: list[EntryRow], replica: Replica) -> No
             raise Violation(f"R2: {replica.node} has committed {row}, not {known.get(row.last)}")
     if max((row.last for row in own), default=replica.base_seq) < replica.commit_seq:
         raise Violation(f"R2: {replica.node} has less than it has committed")
+
+
+def check_range(log: list[Logged], shard: MapShard) -> None:
+    """A shard's log has its own keys only (R11)."""
+    for operation in log:
+        if operation.key < shard.start or (shard.end is not None and operation.key >= shard.end):
+            raise Violation(f"R11: {operation} stands in the log of {shard.id}")
 
 
 def check_exactly_once(log: list[Logged]) -> None:
@@ -236,6 +245,14 @@ def check_state(log: list[Logged], state: Shard) -> None:
         raise Violation("fold: the state is not what the log says up to its mark")
     if [(row[0], row[1]) for row in state.oplog] != [operation.version for operation in folded]:
         raise Violation("fold: the oplog does not hold every folded operation once, in order")
+    known = {
+        (client, number, index)
+        for client, run in state.requests
+        for number, index in zip(run[0], run[1] or repeat(0), strict=False)
+    }
+    for operation in folded:
+        if operation.identity is not None and operation.identity not in known:
+            raise Violation(f"R6: the state does not know the request {operation.identity}")
 
 
 def replayed(log: list[Logged]) -> dict[bytes, Record]:

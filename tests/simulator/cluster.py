@@ -1,17 +1,27 @@
-"""A simulated cluster: coordinators, nodes and clients, and the faults that befall them."""
+"""A simulated cluster: coordinators, nodes and clients, and what is true of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 import cbor2
 
 from bus_kv.client.session import Session
-from bus_kv.knobs import Knobs
-from bus_kv.protocol.codec import encode_json
+from bus_kv.core.machine import CutRow, Publish
 from bus_kv.protocol.entry import decode_entry
-from bus_kv.protocol.shard_map import ShardMap, ShardState, from_document
+from bus_kv.protocol.shard_map import (
+    Keyspace,
+    Member,
+    Node,
+    NodeState,
+    Shard,
+    ShardMap,
+    ShardState,
+    from_document,
+    to_document,
+)  # fmt: skip
 from bus_kv.subjects import QUEUE, Subjects
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 from nodes.machine.node import NodeConfig, NodeMachine
@@ -21,82 +31,16 @@ from tests.simulator.bus import Bus
 from tests.simulator.disk import Disk
 from tests.simulator.process import Process
 from tests.simulator.store import Store
-from tests.simulator.world import MILLISECOND_NS, SECOND_NS, Violation, World
+from tests.simulator.world import MILLISECOND_NS, Violation, World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from bus_kv.core.machine import EntryRow, Publish
-    from bus_kv.protocol.shard_map import Shard
+    from bus_kv.core.machine import EntryRow, Ready
     from nodes.machine.replica import Replica
+    from tests.simulator.shape import Shape
 
 MAX_PAYLOAD_BYTES = 65_536
-
-
-KINDS = ("crash", "crash", "pause", "pause", "cut", "store", "full", "operate", "operate", "loss")
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What one run is made of, drawn from its seed (a swarm: not every fault in every run)."""
-
-    nodes: int
-    coordinators: int
-    clients: int
-    loss: float
-    slowness: float
-    lost_answers: float
-    fault_interval_ns: int
-    knobs: Knobs
-    kinds: Sequence[str] = ("crash",)
-    """Of the faults that happen in this run."""
-    haste: int = 1
-    """Faults, and what is done about them, follow each other so many times faster."""
-
-
-def draw_shape(world: World) -> Shape:
-    random = world.random("shape")
-    haste = random.choice([1, 3, 10])
-    return Shape(
-        nodes=random.choice([1, 2, 3, 3, 3, 4, 5]),
-        coordinators=random.randint(1, 3),
-        clients=random.randint(1, 3),
-        loss=random.choice([0.0, 0.0, 0.01, 0.05, 0.2]),
-        slowness=random.choice([0.0, 0.01, 0.05, 0.3]),
-        lost_answers=random.choice([0.0, 0.02, 0.2]),
-        fault_interval_ns=random.choice([300, 800, 2000]) * MILLISECOND_NS // haste,
-        kinds=random.sample(KINDS, random.randint(2, len(KINDS))),
-        haste=haste,
-        knobs=Knobs(
-            step_retry_ms=500 // haste,
-            attempt_patience_ms=random.choice([1000, 5000]) // haste,
-            remind_ms=random.choice([20, 100]),
-            pull_retry_ms=random.choice([30, 500]),
-            replication_factor=random.choice([1, 2, 3, 3, 3, 5]),
-            heartbeat_interval_s=random.choice([0.2, 0.5, 1.0]) / haste,
-            layout_wait_s=0.5,
-            lease_s=random.choice([0.3, 1.0]),
-            inbox_messages_max=random.choice([8, 1000]),
-            tail_operations_max=random.choice([5, 10_000]),
-            cache_bytes=random.choice([1, 2000, 2500, 3000, 1_000_000]),
-            fold_interval_ms=random.choice([1, 50, 2000]),
-            fold_bytes=random.choice([1, 1000, 100_000]),
-            unfolded_bytes_max=random.choice([2000, 1_000_000]),
-            log_keep_bytes=random.choice([0, 200, 1000, 1_000_000]),
-            log_bytes_max=random.choice([0, 1000, 1_000_000]),
-            snapshot_retry_ms=500 // haste,
-            dedup_runs_max=random.choice([0, 3, 1000]),
-            client_window_messages=random.choice([1, 4]),
-            answer_within_ms=random.choice([300, 1500]) // haste,
-            store_timeout_ms=2000 // haste,
-            client_attempt_ms=2000 // haste,
-            suspect_after_ms=250 // haste,
-            client_fill_operations=random.choice([1, 3]),
-            turn_operations_max=random.choice([1, 4, 100]),
-            client_batch_operations_max=random.choice([2, 100]),
-            client_timeout_s=random.choice([1.2, 4.0, 20.0]),
-        ),
-    )
 
 
 class Cluster:
@@ -111,11 +55,10 @@ class Cluster:
         """(shard, epoch) -> (node, life) that was seen serving it."""
         self.committed: dict[tuple[str, int], int] = {}
         """(shard, seq) of the end of a committed entry -> its epoch."""
-        self._map = (0, ShardMap())
-        self.lost: set[str] = set()
-        """Incarnations of disks that are gone."""
+        self._map = ("", ShardMap())
         self.lost_disks: list[Disk] = []
-        self._random = world.random("faults")
+        self.shared = 0
+        """Messages and log transactions that served several shards at once."""
         self._tokens = world.random("tokens")
 
     def _process(self, name: str, has_disk: bool) -> Process:
@@ -126,10 +69,28 @@ class Cluster:
         )  # fmt: skip
 
     def start(self) -> None:
+        if self.shape.bounds is not None:
+            self.store.begin("map", to_document(self._first_map()))
         for process in self.coordinators:
             self.start_coordinator(process)
         for process in self.nodes:
             self.start_node(process)
+
+    def _first_map(self) -> ShardMap:
+        """As many shards as the shape says, RECOVERING, so that a coordinator opens them."""
+        random, bounds = self.world.random("layout"), self.shape.bounds or ()
+        factor = self.shape.knobs.replication_factor
+        owners = [Member(node.name, node.disk.incarnation) for node in self.nodes if node.disk]
+        shards: dict[str, Shard] = {}
+        for i, (start, end) in enumerate(zip((b"", *bounds), (*bounds, None), strict=True), 1):
+            members = tuple(random.sample(owners, min(factor, len(owners))))
+            shards[f"s{i}"] = Shard(
+                f"s{i}", "default", start, end, i, f"first{i}", members, members[0].node,
+                ShardState.RECOVERING,
+            )  # fmt: skip
+        nodes = {m.node: Node(m.node, m.incarnation, NodeState.UP) for m in owners}
+        keyspaces = {"default": Keyspace(replication_factor=factor)}
+        return ShardMap(1, len(shards), "", keyspaces, shards, nodes)
 
     def start_coordinator(self, process: Process) -> None:
         config = CoordinatorConfig(
@@ -139,6 +100,8 @@ class Cluster:
         process.begin(machine)
         self.bus.subscribe(process, "heartbeat", self.subjects.any_heartbeat)
         self.bus.subscribe(process, "admin", self.subjects.any_admin)
+        self.bus.subscribe(process, "suspect", self.subjects.any_suspect)
+        self.bus.subscribe(process, "failover", self.subjects.any_failover)
         machine.start(process.now_ns)
 
     def start_node(self, process: Process) -> None:
@@ -158,7 +121,7 @@ class Cluster:
         process.begin(machine)
         process.tap = lambda message: self._check_leaving(process, message)
         process.refuse = machine.door.overloaded
-        process.after_turn = lambda: self.look(process)
+        process.after_turn = lambda ready: self.look(process, ready)
         life = process.life
         disk.open(lambda event: process.receive(life, event))
         process.subjects = {
@@ -179,133 +142,38 @@ class Cluster:
         self.bus.subscribe(process, "map", self.subjects.map_event)
         return process
 
-    # ---- faults ----
-
-    def begin_faults(self) -> None:
-        self.bus.loss, self.bus.slowness = self.shape.loss, self.shape.slowness
-        self.store.lost_answers = self.shape.lost_answers
-        self._next_fault()
-
-    def _next_fault(self) -> None:
-        delay_ns = int(self._random.expovariate(1.0) * self.shape.fault_interval_ns)
-        self.world.after(delay_ns, self._fault)
-
-    def _fault(self) -> None:
-        if self.healed:
-            return
-        kinds = {
-            "crash": self._crash, "pause": self._pause, "cut": self._cut,
-            "store": self._store_down, "full": self._disk_full, "operate": self._operate,
-            "loss": self._lose_disk,
-        }  # fmt: skip
-        # The first node is the one that gets the first shard: faults elsewhere teach less.
-        victims = [self.nodes[0]] * 3 + self.nodes + self.coordinators
-        kinds[self._random.choice(self.shape.kinds)](self._random.choice(victims))
-        self._next_fault()
-
-    def _duration_ns(self, seconds_max: int) -> int:
-        return self._random.randint(0, seconds_max * SECOND_NS // self.shape.haste)
-
-    healed = False
-
-    def _crash(self, process: Process) -> None:
-        if process.alive:
-            process.crash()
-            delay_ns = self._duration_ns(3)
-            self.world.after(delay_ns, lambda: self._restart(process))
-
-    def _restart(self, process: Process) -> None:
-        if process.alive:
-            return
-        if process in self.nodes:
-            self.start_node(process)
-        else:
-            self.start_coordinator(process)
-
-    def _pause(self, process: Process) -> None:
-        process.pause(self._duration_ns(4))
-
-    def _cut(self, process: Process) -> None:
-        """Cut a link, both ways or one way; when it comes back the process knows that it was away."""
-        process.cut_in, process.cut_out = self._random.choice(
-            [(True, True), (True, False), (False, True)]
-        )
-        self.world.note(process.name, f"is cut: in={process.cut_in} out={process.cut_out}")
-        life = process.life
-        self.world.after(self._duration_ns(3), lambda: self._mend(process, life))
-
-    def _mend(self, process: Process, life: int) -> None:
-        process.cut_in = process.cut_out = False
-        if process.alive and process.life == life and isinstance(process.machine, NodeMachine):
-            process.machine.reconnected(process.now_ns)
-            process.schedule()
-
-    def _store_down(self, process: Process) -> None:
-        del process
-        self.store.down_until_ns = self.world.now_ns + self._duration_ns(5)
-
-    def _lose_disk(self, process: Process) -> None:
-        """A disk is lost for good, with its incarnation; not more of them than a shard can bear."""
-        if process.disk is None or not all(
-            self._can_lose(shard, process.disk.incarnation) for shard in self.map().shards.values()
-        ):
-            return
-        if process.alive:
-            process.crash()
-        self.world.note(process.name, "loses its disk")
-        self.lost.add(process.disk.incarnation)
-        self.lost_disks.append(process.disk)
-        process.disk = Disk(self.world, f"{process.name}/{len(self.lost)}")
-        delay_ns = self._duration_ns(3)
-        self.world.after(delay_ns, lambda: self._restart(process))
-
-    def _can_lose(self, shard: Shard, incarnation: str) -> bool:
-        """Whether what a majority has is still there without this disk, also if an attempt becomes active right now."""
-        lost = self.lost | {incarnation}
-        for members in (shard.members, shard.last_active.members if shard.last_active else ()):
-            if members and sum(m.incarnation in lost for m in members) > len(members) // 2:
-                return False
-        return True
-
-    def _operate(self, process: Process) -> None:
-        """An operator has a primary replaced or moved, or changes the replication factor."""
-        node = self._random.choice(self.nodes).name
-        orders: list[tuple[str, dict[str, Any]]] = [
-            ("failover", {"shard": "s1"}),
-            ("transfer", {"shard": "s1", "to": node}),
-            ("config", {"replication_factor": self._random.choice([1, 2, 3, 3, 5])}),
-        ]
-        verb, fields = self._random.choice(orders)
-        self.world.note("operator", f"{verb} {fields}")
-        subject = f"{self.subjects.root}.admin.{verb}"
-        self.bus.publish(process, subject, encode_json(fields), f"_INBOX.{process.name}.0.0")
-
-    def _disk_full(self, process: Process) -> None:
-        if process.disk is not None:
-            duration_ns = self._duration_ns(3)
-            process.disk.full_until_ns = self.world.now_ns + duration_ns
-
-    def heal(self) -> None:
-        """End all faults: what follows is the liveness phase."""
-        self.healed = True
-        self.bus.loss = self.bus.slowness = self.store.lost_answers = 0.0
-        self.store.down_until_ns = 0
-        for process in self.nodes + self.coordinators:
-            self._mend(process, process.life)
-            if process.disk is not None:
-                process.disk.full_until_ns = 0
-            process.paused_until_ns = min(process.paused_until_ns, self.world.now_ns)
-            self._restart(process)
-
     # ---- what is true ----
 
-    def look(self, process: Process) -> None:
+    def look(self, process: Process, ready: Ready) -> None:
         """After a node's turn: at most one primary per epoch (R7), and what is committed stays (R3)."""
         assert isinstance(process.machine, NodeMachine)
+        self._see_batched(process, ready)
+        for row in ready.append.entries if ready.append else ():
+            if isinstance(row, CutRow) and row.keep:
+                self._see_cut(process, row)
         for replica in process.machine.replicas.values():
             self._see_committed(process, replica)
             if replica.status is Status.ACTIVE:
                 self._see_active(process, replica)
+
+    def _see_batched(self, process: Process, ready: Ready) -> None:
+        """What several shards have to tell one node in a turn travels in one message, and is one transaction."""
+        told: set[str] = set()
+        for effect in ready.effects:
+            if isinstance(effect, Publish) and effect.subject.endswith(".inbox"):
+                if effect.subject in told:
+                    raise Violation(f"{process.name} tells {effect.subject} twice in a turn")
+                told.add(effect.subject)
+                self.shared += _is_about_several(effect.body)
+        if ready.append is not None:
+            self.shared += len({row.shard for row in ready.append.entries}) > 1
+
+    def _see_cut(self, process: Process, cut: CutRow) -> None:
+        """What is committed anywhere is cut nowhere (R2)."""
+        assert process.disk is not None
+        for row in process.disk.entries.get(cut.shard, ()):
+            if row.last > cut.last and self.committed.get((cut.shard, row.last)) == row.epoch:
+                raise Violation(f"R2: {process.name} cuts {(row.epoch, row.last)}: it is committed")
 
     def _see_committed(self, process: Process, replica: Replica) -> None:
         """What is committed is the same everywhere, and for ever (R3)."""
@@ -318,7 +186,12 @@ class Cluster:
 
     def _check_leaving(self, process: Process, message: Publish) -> None:
         """A promise or an opening is told only when it is on disk (R1, step 3)."""
-        if not message.subject.startswith("_INBOX.") or message.body[:1] == b"{":
+        body = message.body
+        if not message.subject.startswith("_INBOX.") or not (
+            b"sealed" in body or b"opened" in body
+        ):
+            return
+        if body[:1] == b"{":
             return
         fields = cbor2.loads(message.body)
         if fields.get("type") not in ("sealed", "opened"):
@@ -343,7 +216,7 @@ class Cluster:
     @property
     def is_serving(self) -> bool:
         """Every shard of the map has its primary ACTIVE."""
-        shards = self.map().shards.values() if self.store.revision("map") else ()
+        shards = self.map().shards.values()
         return bool(shards) and all(map(self._serves, shards))
 
     @property
@@ -370,26 +243,35 @@ class Cluster:
     def holders(self, shard: str, version: tuple[int, int]) -> int:
         """On how many disks an operation is durable."""
         epoch, seq = version
-        return sum(
-            any(id == shard and e == epoch and last >= seq for id, e, last in disk.ever)
-            for disk in self.disks
-        )
+        return sum(disk.ends.get((shard, epoch), 0) >= seq for disk in self.disks)
+
+    def shard_of(self, key: bytes) -> str:
+        """Which shard a key belongs to, by the layout that the cluster began with."""
+        return f"s{bisect_right(self.shape.bounds or (), key) + 1}"
 
     @property
     def disks(self) -> list[Disk]:
         """Also those that were lost."""
         return [node.disk for node in self.nodes if node.disk is not None] + self.lost_disks
 
-    def log(self, shard: str, end: tuple[int, int]) -> list[EntryRow]:
-        """The entries up to `end`, one following the other, wherever they are or were."""
+    def entries(self) -> dict[tuple[str, int, int], EntryRow]:
+        """Every entry that ever was on a disk, by shard, epoch and last seq."""
         known: dict[tuple[str, int, int], EntryRow] = {}
         for disk in self.disks:
             for name, row in disk.ever.items():
                 if known.setdefault(name, row) != row:
                     raise Violation(f"R2: there are two entries {name}")
+        return known
+
+    def log(
+        self, shard: str, end: tuple[int, int],
+        entries: dict[tuple[str, int, int], EntryRow] | None = None,
+    ) -> list[EntryRow]:  # fmt: skip
+        """The entries up to `end`, one following the other, wherever they are or were."""
+        entries = self.entries() if entries is None else entries
         rows: list[EntryRow] = []
         while end != (0, 0):
-            rows.append(known[shard, *end])
+            rows.append(entries[shard, *end])
             end = decode_entry(rows[-1].body).previous
         rows.reverse()
         return rows
@@ -402,9 +284,14 @@ class Cluster:
         return active and replica is not None and replica.shard.epoch == shard.epoch
 
     def map(self) -> ShardMap:
-        revision = self.store.revision("map")
-        if self._map[0] != revision:
-            document = self.store.document("map")
-            assert document is not None
-            self._map = (revision, from_document(document))
+        text = self.store.text("map")
+        if self._map[0] != text:
+            self._map = (text, from_document(json.loads(text)))
         return self._map[1]
+
+
+def _is_about_several(body: bytes) -> bool:
+    """Whether what a node is told is about several shards."""
+    if body.count(b"shard") < 2:
+        return False
+    return len({item["shard"] for item in cbor2.loads(body).get("items", ())}) > 1

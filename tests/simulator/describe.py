@@ -55,6 +55,8 @@ def _what(subject: str, fields: dict[str, Any]) -> str:
         ]  # fmt: skip
         nodes = [f"{node['id']} {node['state']}" for node in fields["nodes"]]
         return f"map {fields['map_version']}: {'; '.join(states + nodes)}"
+    if "event.failover" in subject:
+        return str(fields.get("state", f"{fields.get('node')} cuts its log"))
     return kind or ""
 
 

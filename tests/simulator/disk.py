@@ -28,6 +28,8 @@ class Disk:
         self.entries: dict[str, list[EntryRow]] = {}
         self.ever: dict[tuple[str, int, int], EntryRow] = {}
         """Every entry that was ever durable here, by shard, epoch and last seq: the log itself is trimmed and cut."""
+        self.ends: dict[tuple[str, int], int] = {}
+        """Last seq that was ever durable here, by shard and epoch."""
         self.state = State(world, name, self)
         self.replicas: dict[str, ReplicaRow] = {}
         self.incarnation = f"i{self._random.getrandbits(32):08x}"
@@ -86,6 +88,7 @@ class Disk:
                 else:
                     rows.append(row)
                     self.ever[row.shard, row.epoch, row.last] = row
+                    self.ends[row.shard, row.epoch] = row.last
             for replica in append.replicas:
                 self.replicas[replica.shard] = replica
             self.map = append.map or self.map

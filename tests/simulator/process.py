@@ -34,13 +34,13 @@ from tests.simulator.world import MICROSECOND_NS, SECOND_NS, Violation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import Event, Machine
+    from bus_kv.core.machine import Event, Machine, Ready
     from tests.simulator.bus import Bus
     from tests.simulator.disk import Disk
     from tests.simulator.store import Store
     from tests.simulator.world import World
 
-TURN_NS = (10 * MICROSECOND_NS, 80 * MICROSECOND_NS)
+TURN_NS = (10 * MICROSECOND_NS, 300 * MICROSECOND_NS)
 
 
 class Process:
@@ -67,7 +67,7 @@ class Process:
         """Answers a request that finds the inbox full; other messages are let in."""
         self.tap: Callable[[Publish], None] = lambda _: None
         """Sees every message that leaves, before it does."""
-        self.after_turn: Callable[[], None] = lambda: None
+        self.after_turn: Callable[[Ready], None] = lambda _: None
         self._skew_ns = 0
         self._random = world.random(f"process/{name}")
         self._turn_due = False
@@ -137,7 +137,7 @@ class Process:
             self.disk.append(ready.append)
         for effect in ready.effects:
             self._perform(effect)
-        self.after_turn()
+        self.after_turn(ready)
         self._arm()
         if self.inbox:
             self.schedule()

@@ -23,6 +23,9 @@ class Store:
         self._random = world.random("store")
         self._revision = 0
         self._values: dict[str, tuple[int, str]] = {}
+        self._history: list[tuple[str, str]] = []
+        """(key, text) of every revision."""
+        self.has_forgotten = False
         self.lost_answers = 0.0
         """Chance that a request is carried out and its answer never comes."""
         self.down_until_ns = 0
@@ -55,14 +58,33 @@ class Store:
     def _apply(self, effect: StoreGet | StoreCas) -> Stored:
         return self._read(effect) if isinstance(effect, StoreGet) else self._write(effect)
 
-    def revision(self, key: str) -> int:
-        return self._values.get(key, (0, ""))[0]
+    def text(self, key: str) -> str:
+        """What the store holds, for checkers; empty when there is nothing."""
+        return self._values.get(key, (0, ""))[1]
 
-    def document(self, key: str) -> dict[str, Any] | None:
-        """What the store holds, for checkers."""
-        _, text = self._values.get(key, (0, "null"))
-        document: dict[str, Any] | None = json.loads(text)
+    def begin(self, key: str, document: dict[str, Any]) -> None:
+        """Hold this from the beginning."""
+        self._write(StoreCas(0, key, 0, document))
+
+    # ---- an older backup of the store takes its place ----
+
+    def before(self, key: str, count: int) -> dict[str, Any] | None:
+        """The document that was there that many changes ago."""
+        texts = [text for own, text in self._history if own == key]
+        document: dict[str, Any] | None = (
+            json.loads(texts[-1 - count]) if count < len(texts) else None
+        )
         return document
+
+    def forget(self, key: str, count: int) -> None:
+        """Everything is as it was before the last changes of this key; revisions are given anew."""
+        self.has_forgotten = True
+        while count:
+            own, _ = self._history.pop()
+            count -= own == key
+        self._revision, self._values = len(self._history), {}
+        for revision, (own, text) in enumerate(self._history, 1):
+            self._values[own] = (revision, text)
 
     def _read(self, effect: StoreGet) -> Stored:
         revision, text = self._values.get(effect.key, (0, "null"))
@@ -75,6 +97,7 @@ class Store:
         self._revision += 1
         text = json.dumps(effect.document)
         self._values[effect.key] = (self._revision, text)
+        self._history.append((effect.key, text))
         for keyspace in effect.document.get("keyspaces", {}).values():
             self.factor_min = min(self.factor_min, keyspace["replication_factor"])
         for shard in effect.document.get("shards", {}).values():

@@ -15,7 +15,8 @@ from bus_kv.errors import BusKVError
 from bus_kv.knobs import Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.codec import encode_json
-from tests.simulator.cluster import Cluster, Shape
+from tests.simulator.cluster import Cluster
+from tests.simulator.shape import Shape
 from tests.simulator.world import MILLISECOND_NS, SECOND_NS, START_NS, World
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Story:
         self.world.tell = self._on_line
 
     def _on_line(self, who: str, what: str) -> None:
-        if any(word in what for word in ("heartbeat", "leader =", "event.suspect")):
+        if any(word in what for word in ("heartbeat", "leader =", "event.suspect", ": beat")):
             return
         ms = (self.world.now_ns - self._started_ns) / MILLISECOND_NS
         self.lines.append(f"{ms:9.2f} ms  {who:<8} {what}")

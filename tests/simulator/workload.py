@@ -9,6 +9,8 @@ from bus_kv.client.results import Entry, Receipt
 from bus_kv.client.session import Session
 from bus_kv.errors import BusKVError, ConsistencyNotMet, from_body
 from bus_kv.protocol import batch as b
+from bus_kv.protocol.codec import encode_cbor
+from tests.simulator.shape import KEYS
 from tests.simulator.world import MILLISECOND_NS, Violation
 
 if TYPE_CHECKING:
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from bus_kv.protocol.batch import Version
     from tests.simulator.cluster import Cluster
     from tests.simulator.world import World
-
-KEYS = [f"k{i}".encode() for i in range(6)]
 
 
 @dataclass(slots=True)
@@ -40,6 +40,16 @@ class Call:
     """Part of a batch that was to be done whole or not at all: refused also for its neighbours' sake."""
     if_version: Version | None = None
     level: str = "quorum"
+    copied: bool = False
+    """Sent once more, and nobody hears what became of that: no refusal of this one is the whole truth."""
+
+
+@dataclass(slots=True)
+class Twins:
+    """A call that was sent twice at the same time, over two gateways, under one request_id."""
+
+    call: Call
+    first: Any = None
 
 
 class Workload:
@@ -80,9 +90,9 @@ class Workload:
         else:
             self._batch()
 
-    def _call(self) -> Call:
+    def _call(self, keys: Sequence[bytes] = KEYS) -> Call:
         """A get, put or delete of a random key; every value is unique."""
-        key = self._random.choice(KEYS)
+        key = self._random.choice(keys)
         choice = self._random.random()
         if choice < 0.45:
             call = Call("get", key, None, self._world.now_ns)
@@ -111,10 +121,43 @@ class Workload:
     def _through_gateway(self, call: Call) -> None:
         """The way of a client that knows nothing of shards; the session repeats it under one request_id."""
         fields = self._fields(call)
-        if call.kind != "get":
-            fields["request_id"] = self._request_id()
-        self._session.call(call.kind, fields, call, self._process.now_ns)
+        if call.kind == "get":
+            return self._ask(call.kind, fields, call)
+        fields["request_id"] = self._request_id()
+        choice = self._random.random()
+        if choice < 0.1:
+            self.open += 1
+            twins = Twins(call)
+            self._ask(call.kind, fields, twins)
+            return self._ask(call.kind, fields, twins)
+        if choice < 0.25:
+            call.copied = True
+            delay_ns = self._random.randint(0, 20) * MILLISECOND_NS
+            self._world.after(delay_ns, lambda: self._to_primary(call, fields))
+        return self._ask(call.kind, fields, call)
+
+    def _ask(self, verb: str, fields: dict[str, Any], token: Any) -> None:
+        self._session.call(verb, fields, token, self._process.now_ns)
         self._process.schedule()
+
+    def _to_primary(self, call: Call, fields: dict[str, Any]) -> None:
+        """The same request once more, from somebody who knows the shard's primary."""
+        shard = self._cluster.map().shards.get(self._cluster.shard_of(call.key))
+        if shard is None:
+            return
+        client, _, number = fields["request_id"].partition(":")
+        is_put = call.kind == "put"
+        batch = b.Batch(
+            bytes([b.PUT if is_put else b.DELETE]), [call.key], [call.value] if is_put else [],
+            client, [int(number)],
+        )  # fmt: skip
+        if call.if_absent or call.if_version:
+            batch.conditions = {0: call.if_version}
+        if "ttl_ms" in fields:
+            batch.ttls_ms = {0: fields["ttl_ms"]}
+        body = encode_cbor({"epoch": shard.epoch, "batch": batch.encode()})
+        subject = self._cluster.subjects.shard_request(shard.id)
+        self._cluster.bus.publish(self._process, subject, body)
 
     def _fields(self, call: Call) -> dict[str, Any]:
         fields: dict[str, Any] = {"key": call.key}
@@ -135,18 +178,42 @@ class Workload:
 
     def _batch(self) -> None:
         """Several operations as one request; sometimes all or nothing."""
-        calls = [self._call() for _ in range(self._random.randint(1, 5))]
+        atomic, keys = self._random.random() < 0.3, KEYS
+        if atomic and self._random.random() < 0.9:
+            shard_of = self._cluster.shard_of
+            shard = shard_of(self._random.choice(KEYS))
+            keys = [key for key in KEYS if shard_of(key) == shard]
+        calls = [self._call(keys) for _ in range(self._random.randint(1, 5))]
         operations = [{"op": call.kind, **self._fields(call)} for call in calls]
-        atomic = self._random.random() < 0.3
         for call in calls:
             call.atomic = atomic
         fields = {"ops": operations, "atomic": atomic, "request_id": self._request_id()}
-        self._session.call("batch", fields, calls, self._process.now_ns)
-        self._process.schedule()
+        self._ask("batch", fields, calls)
 
-    def _done(self, tokens: Sequence[Call | list[Call]], outcomes: Sequence[Any]) -> None:
+    def _done(self, tokens: Sequence[Call | list[Call] | Twins], outcomes: Sequence[Any]) -> None:
         for token, outcome in zip(tokens, outcomes, strict=True):
-            self._one_done(token, outcome)
+            if isinstance(token, Twins):
+                self._twin_done(token, outcome)
+            else:
+                self._one_done(token, outcome)
+
+    def _twin_done(self, twins: Twins, outcome: Any) -> None:
+        """What one of two was told is told the other; a refusal is the truth when both got one."""
+        call, is_first = twins.call, twins.first is None
+        if is_first:
+            twins.first, self.open = outcome, self.open - 1
+            if not isinstance(outcome, BusKVError):
+                self._record(call, outcome)
+        elif call.outcome == "open":
+            if isinstance(outcome, BusKVError) and not getattr(twins.first, "definite", True):
+                outcome = twins.first
+            self._one_done(call, outcome)
+        else:
+            told = isinstance(outcome, dict) and outcome.get("version")
+            if told and call.version and tuple(told) != call.version:
+                raise Violation(f"exactly once: {call} was told {told} as well")
+            self.open -= 1
+            self._think()
 
     def _one_done(self, token: Call | list[Call], outcome: Any) -> None:
         self.open -= 1
@@ -168,7 +235,7 @@ class Workload:
         wanted = min(self._cluster.store.factor_min, len(self._cluster.map().nodes))
         if call.version is None:
             return
-        holders = self._cluster.holders("s1", call.version)
+        holders = self._cluster.holders(self._cluster.shard_of(call.key), call.version)
         if holders < wanted:
             raise Violation(f"R4: {call} was told as ALL, and is on {holders} disks of {wanted}")
 
@@ -180,6 +247,8 @@ class Workload:
             case BusKVError():
                 call.outcome = "definite" if outcome.definite else "indefinite"
                 call.code = outcome.code
+                if call.copied:
+                    call.outcome, call.code = "indefinite", ""
             case Entry():
                 call.outcome, call.version, call.read = "ok", outcome.version, outcome.value
             case Receipt():

@@ -27,7 +27,7 @@ LEVELS = ("quorum", "quorum", "all")
 """At which writers write, in turn."""
 QUICK: dict[str, Any] = {"heartbeat_interval_s": 0.2}
 """A dead node is noticed within two seconds."""
-NEVER_NOTICED: dict[str, Any] = {"heartbeat_misses_max": 1000}
+NEVER_NOTICED: dict[str, Any] = {"heartbeat_misses_max": 1000, "probes_max": 1_000_000}
 """What happens to a dead node happens because an operator says so."""
 
 Row: TypeAlias = tuple[Any, ...]

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from bus_kv.errors import BusKVError, OutcomeUnknown, ShardUnavailable
+from bus_kv.knobs import Knobs
 from bus_kv.protocol.codec import encode_cbor, encode_json
 from bus_kv.protocol.messages import Heartbeat
 from bus_kv.protocol.shard_map import Keyspace, Member, Shard, ShardMap, ShardState
 from coordinator.machine.admin import WAIT_NS, Admin
+from coordinator.machine.failovers import Failovers
 from coordinator.machine.plan import Heard
 
 MEMBERS = (Member("n1", "i1"), Member("n2", "i2"))
@@ -24,7 +26,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.heard = Heard()
-        self.admin = Admin(self.heard)
+        self.admin = Admin(self.heard, Failovers("c1"), Knobs())
         self.answers: list[Any] = []
 
     def ask(self, verb: str, *, map: ShardMap | None = None, **fields: Any) -> None:

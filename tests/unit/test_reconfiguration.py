@@ -37,7 +37,7 @@ from coordinator.machine import plan
 from coordinator.machine.attempt import Attempt
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 from coordinator.machine.plan import Heard
-from coordinator.machine.roles import Roles, next_roles
+from coordinator.machine.roles import Roles, next_roles, whom_to_ask
 from nodes.machine.node import NodeConfig, NodeMachine
 from tests.simulation import test_planted_replication as planted
 
@@ -205,6 +205,75 @@ def test_an_operator_moves_the_primary() -> None:
     heard = all_well(shard)
     heard.transfers["s1"] = "n3"
     assert next_roles(shard, map_of(shard), heard) == Roles(MEMBERS[:3], "n3")
+
+
+def test_one_that_was_down_lately_is_passed_over_as_a_primary() -> None:
+    shard = shard_of()
+    beats = [beat(1, shard, "restarted"), beat(2, shard, seq=12), beat(3, shard, seq=11)]
+    heard = heard_of(shard, *beats)
+    heard.unproven |= {"n1", "n2"}
+    assert next_roles(shard, map_of(shard), heard) == Roles(MEMBERS[:3], "n3")
+
+
+def test_where_all_were_down_lately_one_of_them_goes_on() -> None:
+    shard = shard_of()
+    beats = [beat(1, shard, "restarted"), beat(2, shard, seq=12), beat(3, shard, seq=11)]
+    heard = heard_of(shard, *beats)
+    heard.unproven |= {"n1", "n2", "n3"}
+    assert next_roles(shard, map_of(shard), heard) == Roles(MEMBERS[:3], "n2")
+
+
+@pytest.mark.parametrize("why", ["held", "not heard since"])
+def test_one_that_may_be_gone_again_is_no_learner(why: str) -> None:
+    shard = shard_of(2)
+    heard = all_well(shard)
+    heard.beats["n4"] = replace(beat(4, shard), shards=[])
+    if why == "held":
+        heard.held.add("n4")
+    else:
+        heard.since_ns["s1"], heard.heard_ns = 10, {"n4": 9}.__getitem__
+    assert next_roles(shard, map_of(shard), heard) is None
+    assert whom_to_ask(map_of(shard), heard) == (set() if why == "held" else {"n4"})
+
+
+def test_learners_and_their_primaries_are_asked() -> None:
+    shard = shard_of(2, learners=(MEMBERS[3],))
+    assert whom_to_ask(map_of(shard), all_well(shard)) == {"n1", "n4"}
+
+
+def test_without_automatic_failover_a_silent_primary_stays_one_until_an_operator_says_so() -> None:
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.auto_failover = False
+    heard.silent.add("n1")
+    assert next_roles(shard, map_of(shard), heard) is None
+    heard.failovers.add("s1")
+    assert next_roles(shard, map_of(shard), heard) == Roles(MEMBERS[1:3], "n2")
+
+
+def test_without_automatic_failover_a_restarted_primary_goes_on_itself() -> None:
+    shard = shard_of()
+    beats = [beat(1, shard, "restarted", 10), beat(2, shard, seq=12), beat(3, shard, seq=11)]
+    heard = heard_of(shard, *beats)
+    heard.auto_failover = False
+    assert next_roles(shard, map_of(shard), heard) == Roles(MEMBERS[:3], "n1")
+
+
+def test_all_shards_of_a_dead_node_change_hands_in_one_change_of_the_map() -> None:
+    base = shard_of()
+    shards = {f"s{i}": replace(base, id=f"s{i}", token=f"t{i}") for i in range(200)}
+    map = replace(map_of(base, nodes=3), shards=shards)
+    reports = [replace(beat(1, base).shards[0], id=id) for id in shards]
+    beats = [replace(beat(n, base), shards=reports) for n in (1, 2, 3)]
+    heard = heard_of(base, *beats)
+    heard.silent.add("n1")
+    map = replace(map, nodes={**map.nodes, "n1": replace(map.nodes["n1"], state=NodeState.DOWN)})
+    tokens = count()
+    changed = plan.next_map(map, heard, Knobs(), lambda: f"new{next(tokens)}")
+    assert changed.map_version == map.map_version + 1
+    assert {shard.primary for shard in changed.shards.values()} == {"n2"}
+    assert {shard.state for shard in changed.shards.values()} == {ShardState.RECOVERING}
+    assert len({shard.epoch for shard in changed.shards.values()}) == 200
 
 
 # ---- what proves a change of the map ----

@@ -350,6 +350,7 @@ STORIES = [
         test_a_quorum_put_is_answered_when_two_of_three_have_it_durably,
     ),
     (planted.read_joins_a_round_under_way, test_a_read_waits_for_a_round_that_begins_after_it),
+    (planted.read_from_the_tail, test_a_read_shows_committed_values_only),
     (planted.read_without_a_round, test_a_former_primary_answers_no_read),
     (
         planted.ack_names_the_end_of_the_log,

@@ -7,7 +7,7 @@ import pytest
 from bus_kv.client.calls import NoCoordinator
 from bus_kv.client.results import Entry, Receipt
 from bus_kv.client.session import Session
-from bus_kv.core.machine import Received, Request, Responded
+from bus_kv.core.machine import Publish, Received, Request, Responded
 from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, Overloaded
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol import batch as b
@@ -33,6 +33,7 @@ class Client:
     def __init__(self) -> None:
         self.now_ns = 0
         self.outcomes: list[Any] = []
+        self.said: list[Publish] = []
         self.session = Session(
             "c", Subjects(), Knobs(), 1 << 20, lambda _, outcomes: self.outcomes.extend(outcomes)
         )
@@ -42,8 +43,8 @@ class Client:
 
     def sent(self) -> list[Request]:
         effects = self.session.take_ready(self.now_ns).effects
-        assert all(isinstance(effect, Request) for effect in effects)
-        return effects  # type: ignore[return-value]
+        self.said += [effect for effect in effects if isinstance(effect, Publish)]
+        return [effect for effect in effects if isinstance(effect, Request)]
 
     def answer(self, request: Request, fields: dict[str, Any] | None) -> None:
         body = None if fields is None else encode_cbor(fields)
@@ -240,3 +241,64 @@ def test_calls_of_different_patience_end_each_in_its_time() -> None:
     assert client.session.next_deadline_ns() == (knobs.page_within_ms + 500) * MILLISECOND_NS
     assert client.now_ns < 3 * SECOND_NS
     assert not any(isinstance(outcome, BusKVError) for outcome in client.outcomes)
+
+
+# ---- a primary that does not answer ----
+
+
+def writes(sent: list[Request]) -> list[Request]:
+    return [request for request in sent if request.subject == WRITE]
+
+
+def suspects_of(client: Client) -> list[str]:
+    return [publish.subject for publish in client.said]
+
+
+def test_who_meets_nobody_or_no_answer_says_so_on_the_bus() -> None:
+    for fails in ("nobody", "silence"):
+        client = Client()
+        request = client.put()
+        if fails == "nobody":
+            client.answer(request, None)
+            client.sent()
+        else:
+            client.later(Knobs().suspect_after_ms)
+        assert suspects_of(client) == ["bkv.event.suspect.n1"], fails
+
+
+def test_a_primary_that_answers_others_is_not_suspected() -> None:
+    client = Client()
+    slow = client.put()
+    client.later(Knobs().suspect_after_ms - 1)
+    client.session.submit_many(
+        b.PUT, [b"m"] * 200, [b"v"] * 200, [*range(200)], client.now_ns, "default", None, None
+    )
+    (quick, *_) = client.sent()
+    client.answer(quick, NotPrimary("not here").to_body())
+    client.later(1)
+    assert suspects_of(client) == []
+    client.later(Knobs().suspect_after_ms)
+    assert suspects_of(client) == ["bkv.event.suspect.n1"]
+    assert slow.subject == WRITE
+
+
+def test_what_a_silent_primary_has_is_sent_to_the_next_one_under_the_same_number() -> None:
+    client = Client()
+    first = client.put()
+    client.later(Knobs().suspect_after_ms)
+    client.hear(delta(shard_map(7), shard_map(8, epoch=4)))
+    (again,) = writes(client.later(10))
+    assert decode_cbor(again.body)["epoch"] == 4
+    numbers = [decode_batch(decode_cbor(r.body)["batch"]).numbers for r in (first, again)]
+    assert numbers[0] == numbers[1]
+
+
+def test_of_a_silent_primary_one_message_at_a_time_is_asked() -> None:
+    client = Client()
+    client.put()
+    client.later(Knobs().suspect_after_ms)
+    client.session.submit_many(
+        b.PUT, [b"m"] * 1000, [b"v"] * 1000, [*range(1000)], client.now_ns, "default", None, None
+    )
+    assert client.sent() == []
+    assert len(writes(client.later(Knobs().client_attempt_ms))) == 1
