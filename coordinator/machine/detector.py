@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 OUTAGES_WINDOW = 60
 """Intervals for which an outage is remembered."""
-HOLD_MAX = 12
-"""Intervals that a flapping node is held at most."""
+HOLD_MAX = 2
+"""Intervals that a flapping node is held at most: a shard without its third member is the greater risk."""
 LATE_NS = SECOND_NS // 2
 """Who comes so late to a deadline of its own has been away itself, and has heard nobody meanwhile."""
 DEAF_NS = 2 * SECOND_NS
@@ -126,7 +126,7 @@ class Detector:
         seen.outages_ns = [at_ns for at_ns in seen.outages_ns if now_ns - at_ns < window_ns]
         count = len(seen.outages_ns)
         if count > 1:
-            intervals = min(2 ** min(count - 1, 10), HOLD_MAX)
+            intervals = min(2 ** min(count - 2, 10), HOLD_MAX)
             seen.held_until_ns = now_ns + intervals * self._interval_ns
 
     def _prove(self, node: str, seen: _Seen, now_ns: int) -> None:
