@@ -50,6 +50,8 @@ RECONNECT_WAIT_S = 0.25
 PING_INTERVAL_S = 5
 SUBSCRIPTION_MESSAGES_MAX = 65_536
 """Deep enough that our own bounded inbox always fills first: callbacks never wait."""
+LEADERLESS_CODES = (10005, 10008)
+"""JetStream has no leader at the moment, or does not see enough servers."""
 WRONG_SEQUENCE_CODES = (10071, 10164)
 """JetStream's two ways to say that a compare-and-set lost."""
 
@@ -313,17 +315,35 @@ class MapStore:
         self._bucket = bucket
         self._timeout_s = timeout_s
 
-    async def prepare(self) -> None:
-        """Create the bucket unless it is there. Raises BusError when JetStream cannot be used."""
-        failure = ""
-        for replicas in (3, 1) if self._bus.is_clustered else (1,):
-            try:
-                return await self._open_or_create(replicas)
-            except ServiceUnavailableError as error:
-                failure = f"{error}; enable JetStream for this account (see nats.conf)"
-            except (NatsError, TimeoutError, OSError) as error:
-                failure = _reason(error)
-        raise BusError(f"JetStream bucket {self._bucket} cannot be used: {failure}")
+    async def prepare(self, patience_s: float = 30.0) -> None:
+        """Create the bucket unless it is there, with three replicas in a cluster of servers.
+
+        Raises BusError when JetStream is not there, or has had no leader for `patience_s`. Servers that have just
+        started are waited for; where there never are three, one replica has to do after a third of the time.
+        """
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        while True:
+            waited_s = loop.time() - began_s
+            is_alone = not self._bus.is_clustered or waited_s > patience_s / 3
+            failure, may_pass = await self._try_to_open(1 if is_alone else 3)
+            if not failure:
+                return
+            if not may_pass or waited_s > patience_s:
+                raise BusError(f"JetStream bucket {self._bucket} cannot be used: {failure}")
+            await asyncio.sleep(0.5)
+
+    async def _try_to_open(self, replicas: int) -> tuple[str, bool]:
+        """Why it failed (empty: it has not), and whether that may be otherwise in a moment."""
+        try:
+            await self._open_or_create(replicas)
+        except ServiceUnavailableError as error:
+            if error.err_code in LEADERLESS_CODES:
+                return _reason(error), True
+            return f"{error}; enable JetStream for this account (see nats.conf)", False
+        except (NatsError, TimeoutError, OSError) as error:
+            return _reason(error), self._bus.is_clustered
+        return "", False
 
     async def _open_or_create(self, replicas: int) -> None:
         jetstream = self._bus.jetstream(self._timeout_s)
