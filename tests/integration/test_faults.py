@@ -10,6 +10,7 @@ import pytest
 from nats.errors import NoRespondersError
 
 from tests.support.cluster import Bus, Cluster, Reply, assert_failure, cluster_on, unique, until
+from tests.support.replicas import NEVER_NOTICED
 
 PUT: dict[str, Any] = {"key": "a", "value": "2"}
 GET: dict[str, Any] = {"key": "a"}
@@ -156,7 +157,7 @@ async def test_a_write_that_a_frozen_primary_may_have_is_of_unknown_outcome(
 async def test_more_forwards_than_a_node_may_have_are_refused_at_once(
     nats_url: str, tmp_path: Path
 ) -> None:
-    async with cluster_on(nats_url, tmp_path, nodes=2, calls_max=2) as cluster:
+    async with cluster_on(nats_url, tmp_path, nodes=2, calls_max=2, **NEVER_NOTICED) as cluster:
         cluster.pause("n1")
         replies = await answers(cluster.bus, "put", *[PUT] * 30)
         codes = [r.code for r in replies]

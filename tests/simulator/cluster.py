@@ -118,6 +118,8 @@ class Cluster:
             for entry in disk.entries.get(row.shard, []):
                 if entry.last > state.mark.last:
                     replica.replay(entry)
+            if disk.cuts.get(row.shard):
+                replica.cuts.found()
         process.begin(machine)
         process.tap = lambda message: self._check_leaving(process, message)
         process.refuse = machine.door.overloaded
