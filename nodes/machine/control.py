@@ -257,6 +257,6 @@ def _answer_fetch(
     if have == after:
         bodies = [row.body for row in entries]
         return reply({"type": "entries", "entries": bodies, "last": replica.last})
-    if have[1] <= after[1]:
+    if have[0] <= after[0] and have[1] <= after[1]:
         return reply({"type": "elsewhere", "have": have})
     return reply({"type": "trimmed"})
