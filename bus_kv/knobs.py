@@ -53,7 +53,10 @@ class Knobs:
     step_retry_ms: int = 500
     """An unanswered seal, open or announcement is sent again after this."""
     attempt_patience_ms: int = 5000
-    """A reconfiguration that has not come to its end after this is begun again under a new epoch."""
+    """A reconfiguration that has not come to its end after this is begun again under a new epoch; the next one has
+    twice the time."""
+    attempt_patience_max_s: float = 3600.0
+    """And so on, up to this: all attempts stand in the map until one succeeds."""
     store_timeout_ms: int = 2000
     """A request to the map's store without an answer after this is of unknown outcome."""
 
@@ -67,6 +70,8 @@ class Knobs:
     """Bytes appended and not yet durable, per shard; past it OVERLOADED at once."""
     calls_max: int = 8192
     """Requests that wait at a gateway for other nodes, or at a shard for its log; past it OVERLOADED at once."""
+    parked_bytes_max: int = 64 << 20
+    """Keys and values of requests that wait at a gateway, or at a shard for its disk; past it OVERLOADED at once."""
     suspect_after_ms: int = 250
     """A forward without an answer for this long raises a suspicion on the bus."""
     answer_within_ms: int = 1500

@@ -58,7 +58,8 @@ async def _serve(
 ) -> int:  # fmt: skip
     subjects, clock = Subjects(options.connection.root), Clock()
     store = bus.map_store(subjects.bucket, options.knobs.store_timeout_ms / 1000)
-    await store.prepare()
+    if not await unless_stopped(store.prepare(), stop):
+        return 0
     config = CoordinatorConfig(options.id, subjects, lambda: secrets.token_hex(8))
     machine = CoordinatorMachine(config, options.knobs)
     driver = Driver(

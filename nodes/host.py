@@ -186,6 +186,8 @@ class NodeHost:
                 replica = self._machine.restore(row, past)
                 for entry in self._log.entries(row.shard, after=mark.last):
                     replica.replay(entry)
+                if self._log.has_cuts(row.shard):
+                    replica.cuts.found()
                 log.info(
                     "shard %s restored up to seq %d, %d of them from the state", row.shard,
                     replica.last[1], mark.last,

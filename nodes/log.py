@@ -26,6 +26,7 @@ from bus_kv.core.machine import (
     AppendCompleted,
     AppendStalled,
     CutRow,
+    CutsRead,
     EntryRow,
     LogRead,
     ReplicaRow,
@@ -46,6 +47,8 @@ TRIM_ENTRIES = 8
 ONE_STATEMENT_ENTRIES_MAX = 100
 """A group of up to this many entries is one INSERT, a transaction by itself. Every call into SQLite lets go of the
 interpreter and has to get it back from a busy event loop; one call does that once."""
+CUTS_BYTES_MAX = 256 << 20
+"""What was cut is kept until the shard's primary has written it down, but not more than this; the oldest goes first."""
 CHECKPOINT_PAGES = 4096
 """WAL pages after which SQLite copies them into the database file; larger means rarer and longer stalls."""
 
@@ -65,7 +68,8 @@ CREATE TABLE cuts (
     checksum INTEGER NOT NULL, body BLOB NOT NULL, cut_epoch INTEGER NOT NULL
 );
 """
-"""`cuts` keeps what was taken out of the log because the epoch `cut_epoch` began with another one."""
+"""`cuts` keeps what was taken out of the log because the epoch `cut_epoch` began with another one, until the
+primary has written down that it was rolled back."""
 
 
 class DiskError(Exception):
@@ -95,7 +99,7 @@ class NodeLog:
         self._on_event: Callable[[Any], object] = lambda _: None
         self._on_failure: Callable[[DiskError], object] = lambda _: None
         self._queue: deque[Append] = deque()
-        self._reads: deque[LogRead] = deque()
+        self._reads: deque[LogRead | CutsRead] = deque()
         self._trims: dict[str, int] = {}
         """Shard -> seq up to which its entries may go."""
         self._filled = threading.Condition()
@@ -181,6 +185,14 @@ class NodeLog:
             for shard, epoch, token, opened, record, base, _ in rows
         ]
 
+    def has_cuts(self, shard: str) -> bool:
+        """Whether there is something that was cut and not told yet. Raises DiskError."""
+        query = "SELECT count(*) FROM (SELECT 1 FROM cuts WHERE shard = ? LIMIT 1)"
+        try:
+            return bool(self._db.execute(query, (shard,)).fetchone()[0])
+        except sqlite3.Error as error:
+            raise _explain(self.path, error) from None
+
     def end(self, shard: str) -> int:
         """Last seq of the shard's log, 0 when it is empty. Raises DiskError."""
         query = "SELECT max(last) FROM entries WHERE shard = ?"
@@ -217,7 +229,7 @@ class NodeLog:
             self._queue.append(append)
             self._filled.notify()
 
-    def read(self, read: LogRead) -> None:
+    def read(self, read: LogRead | CutsRead) -> None:
         """Answered once everything that was appended before is durable."""
         with self._filled:
             self._reads.append(read)
@@ -254,7 +266,7 @@ class NodeLog:
                     self._on_event(AppendCompleted(group[-1].ticket))
                     self._trim_some(sum(len(append.entries) for append in group))
                 for read in reads:
-                    self._on_event(Answered(read.ticket, self._read(read)))
+                    self._on_event(self._answer(read))
             except DiskError as error:
                 return self._on_failure(error)
             except Exception as error:  # whatever it is, nobody may wait for this thread in vain
@@ -290,6 +302,33 @@ class NodeLog:
                 raise problem from None
             if deleted < count and self._trims[shard] == last:
                 del self._trims[shard]
+
+    def _answer(self, read: LogRead | CutsRead) -> Answered:
+        if isinstance(read, LogRead):
+            return Answered(read.ticket, self._read(read))
+        try:
+            return Answered(read.ticket, self._read_cuts(read))
+        except sqlite3.Error as error:
+            problem = _explain(self.path, error)
+            if isinstance(problem, DiskFull):
+                return Answered(read.ticket, failure=str(problem))
+            raise problem from None
+
+    def _read_cuts(self, read: CutsRead) -> list[tuple[int, EntryRow]]:
+        if read.told:
+            forget = "DELETE FROM cuts WHERE shard = ? AND rowid <= ?"
+            self._db.execute(forget, (read.shard, read.told))
+        query = "SELECT rowid, last, epoch, checksum, body FROM cuts WHERE shard = ? ORDER BY rowid"
+        room = read.bytes_max
+        rows: list[tuple[int, EntryRow]] = []
+        for rowid, last, epoch, checksum, body in self._db.execute(query, (read.shard,)):
+            room -= len(body)
+            if rows and room < 0:
+                break
+            if _checksum(read.shard, last, epoch, body) != checksum:
+                raise _damaged(self.path, f"entry {last} that was cut has a wrong checksum")
+            rows.append((rowid, EntryRow(read.shard, last, epoch, body)))
+        return rows
 
     def _read(self, read: LogRead) -> list[Any]:
         epoch, seq = read.after
@@ -352,6 +391,11 @@ class NodeLog:
                     "WHERE shard = ? AND last > ?", kept,
                 )  # fmt: skip
             self._db.execute("DELETE FROM entries WHERE shard = ? AND last > ?", kept[1:])
+        self._db.execute(
+            "DELETE FROM cuts WHERE rowid IN (SELECT place FROM (SELECT rowid AS place, "
+            "sum(length(body)) OVER (ORDER BY rowid DESC) AS size FROM cuts) WHERE size > ?)",
+            (CUTS_BYTES_MAX,),
+        )  # fmt: skip
 
 
 def _entry_columns(row: EntryRow) -> tuple[str, int, int, int, bytes]:

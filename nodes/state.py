@@ -16,6 +16,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import duckdb
+import pyarrow as pa
 
 from bus_kv.core.machine import Answered, Checkpointed, Fold, FoldStalled, Load, Mark, Sql
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
@@ -25,10 +26,12 @@ from nodes.log import STALL_RETRY_S, DiskError, DiskFull
 from nodes.sql import SqlRefused, run_query
 from nodes.state_file import (
     Invalidated,
+    NoMemory,
     StateFile,
     explain,
     first_line,
     is_corruption,
+    is_refused,
     set_aside,
 )
 from nodes.state_fold import FoldWriter, largest_value
@@ -64,6 +67,8 @@ CHECKPOINT_PAUSE = 20
 much to replay after a crash, which DuckDB does slowly."""
 CHECKPOINT_BYTES_MIN = 1 << 20
 """Less than this is replayed at once."""
+CHECKPOINT_MEMORY_SHARE = 8
+"""Rows that are not checkpointed yet are in memory: their log is checkpointed at this part of it."""
 CHECKPOINT_RETRY_S = 1.0
 INTERRUPT_INTERVAL_S = 0.05
 ATTACH_TRIES_MAX = 150
@@ -116,7 +121,9 @@ class StateStore:
         self.path = self._file.path
         self._clock = Clock()
         self._retention = Retention(oplog_keep_s, oplog_keep_bytes, dedup_window_ms, clients_max)
-        self._checkpoint_wal_bytes = checkpoint_wal_bytes
+        self._checkpoint_wal_bytes = min(
+            checkpoint_wal_bytes, (memory_mb << 20) // CHECKPOINT_MEMORY_SHARE
+        )  # fmt: skip
         self._checkpoint_interval_ns = int(checkpoint_interval_s * SECOND_NS)
         self._checkpoint_due_ns = self._clock.now_ns() + self._checkpoint_interval_ns
         self._checkpoint_not_before_ns = 0
@@ -247,8 +254,8 @@ class StateStore:
             while not self._closing.is_set():
                 fold = self._folds.take(IDLE_S)
                 if fold is not None:
-                    self._write_until_done(fold)
-                    self._on_event(Answered(fold.ticket))
+                    failure = self._write_until_done(fold)
+                    self._on_event(Answered(fold.ticket, failure=failure))
                 self._look_after()
             if self._file.wal_bytes():
                 self._checkpoint()
@@ -260,14 +267,22 @@ class StateStore:
             log.exception("the state failed")
             self._on_failure(DiskError(f"the state {self.path} failed: {error!r}"))
 
-    def _write_until_done(self, effect: Fold | Load) -> None:
-        told, done = "", False
-        self._file.expect(effect.shard, largest_value(effect))
+    def _write_until_done(self, effect: Fold | Load) -> str | None:
+        """None; or why a chunk of a snapshot cannot be written: another node has sent it, so it spoils nothing here."""
+        told, done, failure = "", False, None
         while not done:
             try:
+                self._file.expect(effect.shard, largest_value(effect))
                 self._write(effect)
                 done = True
+            except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+                if not (isinstance(effect, Load) and effect.table):
+                    raise
+                failure, done = first_line(error), True
             except duckdb.Error as error:
+                if isinstance(effect, Load) and effect.table and is_refused(error):
+                    failure = first_line(error)
+                    break
                 reason = self._overcome(error)
                 if reason and reason != told:
                     told = reason
@@ -276,6 +291,11 @@ class StateStore:
                     self._wait()
         if told:
             self._on_event(FoldStalled(""))
+        if failure is not None:
+            log.warning(
+                "a chunk of a snapshot of shard %s is not usable: %s", effect.shard, failure
+            )
+        return failure
 
     def _write(self, effect: Fold | Load) -> None:
         known = self._file.known
@@ -301,6 +321,9 @@ class StateStore:
     def _overcome(self, error: duckdb.Error) -> str:
         """Make it possible to try again; the reason if there has to be more space for it. Raises DiskError."""
         problem = explain(self.path, error)
+        if isinstance(problem, NoMemory):
+            self._checkpoint()  # what is in the file needs not be in memory
+            return str(problem)
         if isinstance(problem, DiskFull):
             return str(problem)
         if isinstance(problem, Invalidated):

@@ -88,6 +88,10 @@ FROM state.oplog JOIN state.marks ON marks.shard = oplog.shard
 """
 
 
+class NoMemory(DiskFull):
+    """DuckDB has no memory left for what it was to do."""
+
+
 class Invalidated(DiskError):
     """DuckDB has given this attachment of the file up; the file itself may be whole."""
 
@@ -411,7 +415,7 @@ def explain(path: Path, error: Exception) -> DiskError:
     if any(sign in str(error) for sign in _FULL):
         return DiskFull(f"no space left for {path}")
     if isinstance(error, duckdb.OutOfMemoryException) or any(n in text for n in _NO_MEMORY):
-        return DiskFull(f"not enough memory to write {path}: {text}")
+        return NoMemory(f"not enough memory to write {path}: {text}")
     if isinstance(error, duckdb.FatalException) or "has been invalidated" in str(error):
         return Invalidated(f"the state {path} failed: {text}")
     if isinstance(error, OSError):
@@ -424,6 +428,15 @@ def explain(path: Path, error: Exception) -> DiskError:
 def is_corruption(error: duckdb.Error) -> bool:
     """Whether bytes on disk are not those that were written."""
     return any(sign in str(error) for sign in _CORRUPT)
+
+
+def is_refused(error: duckdb.Error) -> bool:
+    """Whether the rows themselves cannot be written: they break a constraint, or are of another shape."""
+    kinds = (
+        duckdb.ConstraintException, duckdb.ConversionException, duckdb.BinderException,
+        duckdb.InvalidInputException, duckdb.OutOfRangeException, duckdb.TypeMismatchException,
+    )  # fmt: skip
+    return isinstance(error, kinds) and not is_corruption(error)
 
 
 def first_line(error: Exception) -> str:

@@ -75,6 +75,15 @@ _LOG = """
 INSERT INTO state.oplog SELECT ?, epoch, seq, time_ms, op, key, key_hash, value, client, number,
     request_index, NULL, NULL, outcome FROM operations
 """
+_LOG_ROLLED_BACK = """
+INSERT INTO state.oplog SELECT $shard, epoch, seq, time_ms, op, key, key_hash, value, client, number,
+    request_index, NULL, NULL, 'rolled_back' FROM rolled_back AS told
+WHERE NOT EXISTS (
+    SELECT 1 FROM state.oplog
+    WHERE oplog.shard = $shard AND oplog.epoch = told.epoch AND oplog.seq = told.seq
+)
+"""
+"""Several replicas may have had it, and each tells it."""
 _REMEMBER = "INSERT INTO state.requests SELECT ?, * FROM requests"
 _MARK = """
 UPDATE state.marks
@@ -107,6 +116,7 @@ class FoldWriter:
         self._sources = {
             "records": _Source(_RECORDS), "deleted": _Source(_DELETED),
             "operations": _Source(_OPERATIONS), "requests": _Source(_REQUESTS),
+            "rolled_back": _Source(_OPERATIONS),
         }  # fmt: skip
         for name, source in self._sources.items():
             cursor.register(name, source)
@@ -116,6 +126,7 @@ class FoldWriter:
         rows = {
             "records": _records(fold.records), "deleted": _deleted(fold.records),
             "operations": _operations(fold.batches), "requests": _requests(fold.batches),
+            "rolled_back": _operations(_each_once(fold.rolled_back)),
         }  # fmt: skip
         for name, source in self._sources.items():
             source.rows = rows[name]
@@ -127,6 +138,8 @@ class FoldWriter:
 
     def _write(self, db: DuckDBPyConnection, fold: Fold, table: ShardTable) -> None:
         operations, mark = self._sources["operations"].rows, fold.mark
+        if self._sources["rolled_back"].rows.num_rows:
+            db.execute(_LOG_ROLLED_BACK, {"shard": fold.shard})
         if self._sources["records"].rows.num_rows:
             db.execute(_UPSERT.format(table=table.name))
         if self._sources["deleted"].rows.num_rows:
@@ -143,15 +156,16 @@ class FoldWriter:
     def load(self, load: Load, table: ShardTable) -> None:
         """Write a chunk of a snapshot, or begin or end it. Raises duckdb.Error."""
 
+        if load.table:
+            return write_chunk(self._cursor, load, table)
+
         def write(db: DuckDBPyConnection) -> None:
             if load.mark is not None:
                 set_mark(db, load.shard, load.mark)
-            elif load.table:
-                write_chunk(db, load, table)
             else:
                 clear_shard(db, load.shard, table)
 
-        transaction(self._cursor, write)
+        return transaction(self._cursor, write)
 
     def close(self) -> None:
         for name in self._sources:
@@ -183,6 +197,10 @@ def _records(records: dict[bytes, Record | None]) -> Any:
 
 def _deleted(records: dict[bytes, Record | None]) -> Any:
     return _table(_DELETED, [[key for key, record in records.items() if record is None]])
+
+
+def _each_once(batches: Iterable[LoggedBatch]) -> list[LoggedBatch]:
+    return [*{(logged.epoch, logged.first): logged for logged in batches}.values()]
 
 
 def _operations(batches: Iterable[LoggedBatch]) -> Any:

@@ -304,7 +304,9 @@ class Reader:
 
     def _history_of(self, query: HistoryOf) -> list[Row]:
         def piece(after: Row | None, rows_max: int) -> list[Row]:
-            conditions = ["key_hash = ?", "key = ?", "shard = ?"]
+            conditions = [
+                "key_hash = ?", "key = ?", "shard = ?", "outcome <> 'rolled_back'"
+            ]  # fmt: skip
             parameters: list[Any] = [crc32(query.key), query.key, query.shard]
             before = after[:2] if after else query.before
             if before is not None:

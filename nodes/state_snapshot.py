@@ -113,20 +113,21 @@ def clear_shard(db: DuckDBPyConnection, shard: str, table: ShardTable) -> None:
 
 def largest_in_chunk(load: Load) -> int:
     """Bytes of the largest value in a chunk."""
-    if load.table != "kv":
+    if load.table != "kv" or not load.chunk:
         return 0
     sizes = pa.ipc.open_stream(load.chunk).read_all()["value_bytes"]
     return max(sizes.to_pylist(), default=0)
 
 
 def write_chunk(db: DuckDBPyConnection, load: Load, table: ShardTable) -> None:
-    """Within a transaction of the caller's. Raises duckdb.Error."""
-    rows = pa.ipc.open_stream(load.chunk).read_all()
-    if not rows.num_rows:
-        return
+    """All of it or nothing. Raises duckdb.Error, pyarrow's errors or ValueError when it is no chunk."""
     if load.table not in TABLES:
         raise ValueError(f"a snapshot has no table {load.table!r}")
+    if not load.chunk:
+        return  # of a shard of which the source has written nothing
+    rows = pa.ipc.open_stream(load.chunk).read_all()
     target = table.name if load.table == "kv" else load.table
+    # Not within the transaction: what is aborted can only be rolled back.
     db.register("chunk", rows)
     try:
         db.execute(f"INSERT INTO state.{target} SELECT * FROM chunk")

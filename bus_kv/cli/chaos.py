@@ -57,11 +57,12 @@ async def chaos(
     longest time without an accepted write. After a violation the exit code is 1 and the cluster's
     data are kept beside the history.
 
-    Faults: kill-primary, kill-backup, kill-coordinator, kill-primary-and-coordinator, kill-all
-    (kill -9) · pause-primary, pause-backup (SIGSTOP) · cut-primary, cut-backup, mute-primary,
-    deaf-primary (a link to the bus stands still, both ways, or one) · restart-nats,
-    lose-jetstream-leader (one of three servers) · wipe-disk (killed, and back without data) ·
-    slow-disk (every fsync takes 100 ms more; needs strace).
+    Faults: kill-primary, kill-backup, kill-coordinator, kill-primary-and-coordinator, kill-all,
+    kill-in-turn (kill -9; the last: both backups, then the primary, which stays away longest) ·
+    pause-primary, pause-backup (SIGSTOP) · cut-primary, cut-backup, mute-primary, deaf-primary
+    (the link to the bus stands still, both ways or one) · restart-nats, lose-jetstream-leader (one
+    of three servers) · wipe-disk (killed, and back without data) · slow-disk (every fsync takes
+    100 ms more; needs strace).
 
     - `bus-kv chaos --fault kill-primary --times 50`
     - `bus-kv chaos --operations 5000 --times 1 --knob heartbeat_interval_s=0.5`

@@ -16,8 +16,8 @@ from bus_kv.cli.local_cluster import COORDINATOR, ClusterError, LocalCluster
 from bus_kv.errors import BusKVError
 from bus_kv.runtime.connection import ConnectOptions
 from bus_kv.runtime.jetstream_kv import create_bucket
-from bus_kv.runtime.nats_bus import NatsBus
-from bus_kv.runtime.nats_server import NatsCluster, NatsServer
+from bus_kv.runtime.nats_bus import BusError, NatsBus
+from bus_kv.runtime.nats_server import NatsCluster, NatsServer, NatsServerError
 from bus_kv.subjects import Subjects
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from bus_kv.core.machine import Responded
 
 COORDINATORS = (COORDINATOR, "c2")
+FAILURES = (ClusterError, BusKVError, BusError, NatsServerError, TimeoutError)
+"""What can go wrong once a cluster runs: a finding, not the end of the run."""
 SHARD = "s1"
 """A fresh cluster has one."""
 _READY_BUCKET = "chaos"

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SLOW_FSYNC_MS = 100
 _ATTACH_DEADLINE_S = 5.0
+_ALONE_S = 0.5
+"""Too short for anybody to take the dead backups out of the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,11 @@ async def _primary(cluster: ChaosCluster, db: Client, _: random.Random) -> list[
 async def _backup(cluster: ChaosCluster, db: Client, rng: random.Random) -> list[str]:
     primary = await cluster.primary(db)
     return [rng.choice([node for node in cluster.node_ids if node != primary])]
+
+
+async def _primary_first(cluster: ChaosCluster, db: Client, _: random.Random) -> list[str]:
+    primary = await cluster.primary(db)
+    return [primary, *(node for node in cluster.node_ids if node != primary)]
 
 
 async def _node(cluster: ChaosCluster, _: Client, rng: random.Random) -> list[str]:
@@ -91,6 +98,18 @@ async def _killed(cluster: ChaosCluster, names: list[str]) -> AsyncIterator[None
     await asyncio.gather(*map(cluster.kill, names))
     yield
     await asyncio.gather(*map(cluster.restart, names))
+
+
+@asynccontextmanager
+async def _killed_in_turn(cluster: ChaosCluster, names: list[str]) -> AsyncIterator[None]:
+    """The primary dies last, after a while without a majority: what it alone has must not have been acknowledged."""
+    primary, *backups = names
+    await asyncio.gather(*map(cluster.kill, backups))
+    await asyncio.sleep(_ALONE_S)
+    await cluster.kill(primary)
+    await asyncio.gather(*map(cluster.restart, backups))
+    yield
+    await cluster.restart(primary)
 
 
 @asynccontextmanager
@@ -159,6 +178,7 @@ FAULTS: dict[str, Fault] = {
         Fault("kill-coordinator", _coordinator, _killed),
         Fault("kill-primary-and-coordinator", _primary_and_coordinator, _killed),
         Fault("kill-all", _all, _killed, outlasted=False),
+        Fault("kill-in-turn", _primary_first, _killed_in_turn),
         Fault("pause-primary", _primary, _paused, may_be_short=True),
         Fault("pause-backup", _backup, _paused, may_be_short=True),
         Fault("cut-primary", _primary, _cut(), links=True, may_be_short=True),

@@ -9,8 +9,8 @@ from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 import bus_kv
+from bus_kv.cli.chaos_cluster import FAILURES
 from bus_kv.cli.chaos_history import Call, Kind, Outcome
-from bus_kv.cli.local_cluster import ClusterError
 from bus_kv.errors import BusKVError, ConsistencyNotMet, PreconditionFailed
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Load:
                         group.create_task(self._work(name, db, i))
                 try:
                     yield
-                except (ClusterError, BusKVError) as error:
+                except FAILURES as error:
                     failure = error  # not here: the group would cancel the calls that are under way
                 self._stopping.set()
         if failure is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import bus_kv
 from bus_kv.cli.chaos_checker import Verdict, check, check_linearizable
-from bus_kv.cli.chaos_cluster import SHARD, ChaosCluster
+from bus_kv.cli.chaos_cluster import FAILURES, SHARD, ChaosCluster
 from bus_kv.cli.chaos_history import Call, Evidence, Logged, Outcome
 from bus_kv.cli.chaos_load import Load
 from bus_kv.cli.local_cluster import ClusterError
@@ -134,9 +134,10 @@ class Trial:
             try:
                 await cluster.wait_whole(db, WHOLE_DEADLINE_S)
                 evidence = await self._strike_and_ask(cluster, db)
-            except (ClusterError, BusKVError) as error:
+            except FAILURES as error:
                 wrong = check_linearizable(self._report.calls)
-                self._report.verdict = Verdict(violations=[f"stuck: {error}", *wrong])
+                reason = str(error) or type(error).__name__
+                self._report.verdict = Verdict(violations=[f"stuck: {reason}", *wrong])
             else:
                 self._report.verdict = check(self._report.calls, evidence)
         self._measure()

@@ -202,6 +202,8 @@ class Fold:
     """Newest record of every key they wrote; None: deleted."""
     batches: list[LoggedBatch]
     mark: Mark
+    rolled_back: list[LoggedBatch] = field(default_factory=list)
+    """What was taken out of some replica's log; of these versions, what the oplog has already is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,6 +333,17 @@ class LogRead:
 
 
 @dataclass(slots=True)
+class CutsRead:
+    """Forget what was cut from a shard's log up to place `told`, then read what was cut after it ->
+    [(place, EntryRow)…], the oldest first, up to `bytes_max`, one at least if there is any."""
+
+    ticket: int
+    shard: str
+    told: int
+    bytes_max: int
+
+
+@dataclass(slots=True)
 class SnapshotRead:
     """A chunk of a shard's state as it was at seq `last` -> [table, chunk, place of the next chunk or None at the end].
     `place` None begins; what was written after `last` may be left out."""
@@ -386,6 +399,7 @@ Effect: TypeAlias = (
     | Fold
     | Load
     | LogRead
+    | CutsRead
     | Query
 )
 

@@ -12,6 +12,8 @@ from typing import Any
 from bus_kv.protocol.batch import APPLIED, Batch, decode_batch
 from bus_kv.protocol.codec import decode_cbor, encode_cbor
 
+ROLLED_BACK = "rolled_back"
+
 _APPLIED = bytes(APPLIED)
 _NOT_APPLIED = bytes(b for b in range(256) if b not in APPLIED)
 
@@ -26,7 +28,7 @@ class Entry:
     shard: str
     epoch: int
     first: int
-    """Seq of the first operation; an opening entry holds none and takes one seq itself."""
+    """Seq of the first operation; an entry with a record holds none and takes one seq itself."""
     last: int
     previous: tuple[int, int]
     """(epoch, last seq) of the entry before it: what log matching compares (R2)."""
@@ -39,7 +41,8 @@ class Entry:
     """The primary's decision about each operation, one byte string per batch."""
     batches: tuple[bytes, ...] = ()
     record: dict[str, Any] | None = None
-    """The shard's record, in an opening entry only."""
+    """Of an entry that holds no operations and takes one seq: the shard's record, in an opening entry, or
+    {ROLLED_BACK: bodies of entries that some replica has cut}."""
 
     def encode(self) -> bytes:
         header = [

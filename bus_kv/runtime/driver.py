@@ -11,6 +11,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bus_kv.core.machine import (
+    CutsRead,
     Halt,
     LogRead,
     Publish,
@@ -37,7 +38,7 @@ class Log(Protocol):
     def append(self, append: Append) -> None:
         """Make it durable; completion is offered as AppendCompleted, in order."""
 
-    def read(self, read: LogRead) -> None:
+    def read(self, read: LogRead | CutsRead) -> None:
         """Read entries back; the answer is offered as Answered."""
 
     def trim(self, trim: Trim) -> None:
@@ -172,7 +173,7 @@ class Driver:
                 await self._subscribe(channel, name, active)
             case Halt():
                 self.halt = effect
-            case LogRead():
+            case LogRead() | CutsRead():
                 assert self._log is not None
                 self._log.read(effect)
             case Trim():

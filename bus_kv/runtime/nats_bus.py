@@ -50,6 +50,9 @@ RECONNECT_WAIT_S = 0.25
 PING_INTERVAL_S = 5
 SUBSCRIPTION_MESSAGES_MAX = 65_536
 """Deep enough that our own bounded inbox always fills first: callbacks never wait."""
+TOO_FEW_SERVERS, NO_LEADER = 10005, 10008
+TRANSIENT_CODES = (TOO_FEW_SERVERS, NO_LEADER)
+"""What JetStream says while servers are starting."""
 WRONG_SEQUENCE_CODES = (10071, 10164)
 """JetStream's two ways to say that a compare-and-set lost."""
 
@@ -313,17 +316,38 @@ class MapStore:
         self._bucket = bucket
         self._timeout_s = timeout_s
 
-    async def prepare(self) -> None:
-        """Create the bucket unless it is there. Raises BusError when JetStream cannot be used."""
-        failure = ""
-        for replicas in (3, 1) if self._bus.is_clustered else (1,):
-            try:
-                return await self._open_or_create(replicas)
-            except ServiceUnavailableError as error:
-                failure = f"{error}; enable JetStream for this account (see nats.conf)"
-            except (NatsError, TimeoutError, OSError) as error:
-                failure = _reason(error)
-        raise BusError(f"JetStream bucket {self._bucket} cannot be used: {failure}")
+    async def prepare(self, patience_s: float = 30.0) -> None:
+        """Create the bucket unless it is there, with three replicas in a cluster of servers.
+
+        Raises BusError when JetStream is not there, or has had no leader for `patience_s`. Servers that have just
+        started are waited for; where there are fewer than three for a third of that time, one replica has to do.
+        """
+        loop = asyncio.get_running_loop()
+        began_s, few_since_s = loop.time(), loop.time()
+        while True:
+            has_enough = self._bus.is_clustered and loop.time() - few_since_s < patience_s / 3
+            failure, code = await self._try_to_open(3 if has_enough else 1)
+            if not failure:
+                return
+            if code not in TRANSIENT_CODES or loop.time() - began_s > patience_s:
+                raise BusError(f"JetStream bucket {self._bucket} cannot be used: {failure}")
+            if code != TOO_FEW_SERVERS:
+                few_since_s = loop.time()
+            await asyncio.sleep(0.5)
+
+    async def _try_to_open(self, replicas: int) -> tuple[str, int | None]:
+        """Why it failed (empty: it has not), and JetStream's number for that."""
+        try:
+            await self._open_or_create(replicas)
+        except ServiceUnavailableError as error:
+            if error.err_code in TRANSIENT_CODES:
+                return _reason(error), error.err_code
+            return f"{error}; enable JetStream for this account (see nats.conf)", error.err_code
+        except APIError as error:
+            return _reason(error), error.err_code
+        except (NatsError, TimeoutError, OSError) as error:
+            return _reason(error), NO_LEADER if self._bus.is_clustered else None
+        return "", None
 
     async def _open_or_create(self, replicas: int) -> None:
         jetstream = self._bus.jetstream(self._timeout_s)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
 from bus_kv.protocol.shard_map import Member, shard_to_document
 
 if TYPE_CHECKING:
+    from bus_kv.knobs import Knobs
     from bus_kv.protocol.shard_map import Shard
 
 
@@ -24,12 +26,20 @@ class Attempt:
     sealed: dict[Member, tuple[int, int]] = field(default_factory=dict)
     """Member of the last active configuration -> (epoch, seq) of the end of its log."""
     opened: bool = False
+    is_unreached: bool = False
+    """The primary cannot get the longest of the sealed logs: who has it begins too far behind."""
     sealed_ns: int = 0
     opened_ns: int = 0
 
     @property
     def id(self) -> tuple[int, str]:
         return self.shard.epoch, self.shard.token
+
+    def patience_ns(self, knobs: Knobs) -> int:
+        """How long it may take: twice as long as the one before it, so that the record of attempts stays small."""
+        first_ns = knobs.attempt_patience_ms * MILLISECOND_NS
+        doubled_ns = first_ns << min(len(self.shard.attempts), 32)
+        return min(doubled_ns, max(first_ns, int(knobs.attempt_patience_max_s * SECOND_NS)))
 
     @property
     def is_sealed(self) -> bool:
@@ -70,7 +80,9 @@ class Attempt:
         }  # fmt: skip
 
     def on_answer(self, member: Member, fields: dict[str, Any]) -> None:
-        """Take a seal report or the news that the epoch is open; anything else changes nothing."""
+        """Take a seal report or the news that the epoch is open or never will be; else nothing changes."""
+        if fields.get("unreached") == [*self.id]:
+            self.is_unreached = True
         if (fields.get("epoch"), fields.get("token")) != self.id:
             return
         if fields["type"] == "sealed":

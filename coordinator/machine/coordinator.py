@@ -378,10 +378,10 @@ class CoordinatorMachine:
         if self.map is None or self._map_is_old:
             self._map_is_old = False
             return self._read_map()
-        patience_ns = self.knobs.attempt_patience_ms * MILLISECOND_NS
         self._heard.running = {
-            id: a.id for id, a in self._attempts.items() if self.now_ns - a.started_ns < patience_ns
-        }
+            id: a.id for id, a in self._attempts.items()
+            if self.now_ns - a.started_ns < a.patience_ns(self.knobs)
+        }  # fmt: skip
         self._heard.opened = {id: a.id for id, a in self._attempts.items() if a.opened}
         wanted = next_map(self.map, self._heard, self.knobs, self.config.token)
         if wanted is not self.map:
@@ -511,8 +511,18 @@ class CoordinatorMachine:
             # Also the own epoch: a primary that restarted after opening it never resumes it (R7).
             self._heard.epoch_floor = max(self._heard.epoch_floor, promised_epoch)
             del self._attempts[attempt.shard.id]
+        elif attempt.is_unreached:
+            self._note_sealed(attempt)
+            del self._attempts[attempt.shard.id]
         elif attempt.is_sealed and not sealed_before:
             self._drive_attempts()
+
+    def _note_sealed(self, attempt: Attempt) -> None:
+        """Whose log is the longest is known better now than from heartbeats: the next attempt is under that one."""
+        for member, last in attempt.sealed.items():
+            report = self._heard.report(attempt.shard.id, member)
+            if report is not None:
+                report.last = last
 
     def _note_opened(self, shard: Shard) -> None:
         """What the primary's last heartbeat told about the time before is over."""

@@ -101,7 +101,9 @@ def _take_over(shard: Shard, last_active: Members, heard: Heard) -> Roles | None
     best = max(
         candidates, key=lambda m: (_last(heard.report(shard.id, m)), m.node == shard.primary)
     )
-    return Roles(tuple(there), best.node, _there(shard.learners, heard))
+    # Who is stranded is sealed with the others, but could never hold the opening entry.
+    members = tuple(m for m in there if m == best or _is_fit(shard, m, heard))
+    return Roles(members, best.node, _there(shard.learners, heard))
 
 
 def _last(report: ReplicaReport | None) -> tuple[int, int]:

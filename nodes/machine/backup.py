@@ -27,7 +27,7 @@ class Backup:
         self._replica = replica
         self.heard_ns = 0
         """When the primary was last heard."""
-        self._primary = ""
+        self.primary = ""
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -45,13 +45,15 @@ class Backup:
             return
         replica = self._replica
         self._primary_commit = max(self._primary_commit, fields["commit"])
+        replica.everywhere_seq = max(replica.everywhere_seq, fields.get("everywhere", 0))
         is_new_round = fields["round"] > self._round
         self._round = max(self._round, fields["round"])
         previous = (fields["previous"][0], fields["previous"][1])
+        replica.heard_end(previous[1])
         end = self._join(previous, fields["entries"])
         if end is None:
             self._keep_ahead(previous, fields["entries"])
-            replica.pull.start(Member(self._primary, fields["to"].get(self._primary, "")))
+            replica.pull.start(Member(self.primary, fields["to"].get(self.primary, "")))
         else:
             self._matched = max(self._matched, end[1])
         if is_new_round or self._matched <= replica.durable_seq:
@@ -80,7 +82,7 @@ class Backup:
         if replica.status in LEADING:
             return False
         replica.status = Status.FOLLOWING
-        self._primary, self.heard_ns = primary, replica.now_ns
+        self.primary, self.heard_ns = primary, replica.now_ns
         return True
 
     def greet(self, shard: Shard) -> None:
@@ -149,7 +151,7 @@ class Backup:
             "node": replica.node, "incarnation": replica.incarnation, "match": match,
             "round": self._round,
         }  # fmt: skip
-        replica.ports.tell(self._primary, answer)
+        replica.ports.tell(self.primary, answer)
 
 
 def _check_chain(shard: str, previous: Position, entries: list[Entry]) -> None:

@@ -11,6 +11,7 @@ from bus_kv.protocol.codec import decode_cbor, encode_cbor
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.messages import PROBE, position_from_wire, record_from_wire, seal_from_wire
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document, to_document
+from nodes.machine.cuts import note
 from nodes.machine.status import LEADING
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Control:
                 "open": self._on_open,
                 "active": self._on_active,
                 "fetch": self._on_fetch,
+                "rolled_back": self._on_rolled_back,
                 "snapshot": self._node.snapshots.on_question,
                 "told": self._on_told,
                 "remembered": self._on_remembered,
@@ -122,27 +124,30 @@ class Control:
         if replica is None and shard.last_active is not None:
             return reply({"type": "refused", "reason": "the shard has a past that is not here"})
         replica = replica or node.new_replica(shard)
-        opened = {"type": "opened", "shard": shard.id, "epoch": shard.epoch, "token": shard.token}
         attempt = (shard.epoch, shard.token)
         if attempt == replica.promised and replica.status in LEADING:
-            return reply(opened) if replica.is_opened else None
+            return reply(_opened(shard)) if replica.is_opened else None
         if shard.epoch <= replica.opened_epoch:
             return reply(_promised_more(replica))
         if attempt != replica.promised and shard.epoch <= replica.promised[0]:
             return reply(_promised_more(replica))
         if attempt != replica.promised:
             replica.promise(*attempt)
-        return self._take_over(replica, shard, fields, lambda: reply(opened))
+        return self._take_over(replica, shard, fields, reply)
 
     def _take_over(
-        self, replica: Replica, shard: Shard, fields: dict[str, Any], tell: Callable[[], None]
+        self, replica: Replica, shard: Shard, fields: dict[str, Any], reply: Reply
     ) -> None:
         def begin() -> None:
             if replica.promised == (shard.epoch, shard.token) and not replica.replication:
                 replica.open(shard, self._node.now_ns // 1_000_000, opened)
 
+        def failed() -> None:
+            reason = "the longest log begins behind the end of this one"
+            reply({"type": "refused", "reason": reason, "unreached": [shard.epoch, shard.token]})
+
         def opened() -> None:
-            tell()
+            reply(_opened(shard))
             self._node.beat()
             known = self._node.map.shards.get(shard.id)
             if known is not None:
@@ -151,7 +156,7 @@ class Control:
         best = position_from_wire(fields["best"])
         if replica.last >= best:
             return begin()
-        return replica.pull.start(Member(*fields["source"]), best, begin)
+        return replica.pull.start(Member(*fields["source"]), best, begin, failed)
 
     def _on_fetch(self, fields: dict[str, Any], reply: Reply) -> None:
         """Another replica asks for the log behind a place that it has (`Pull`)."""
@@ -163,6 +168,14 @@ class Control:
         after = position_from_wire(fields["after"])
         read = LogRead(0, replica.shard.id, after, self._node.sizes.entry)
         return self._node.ask(read, partial(_answer_fetch, replica, attempt, after, reply))
+
+    def _on_rolled_back(self, fields: dict[str, Any], reply: Reply) -> None:
+        """A replica of the own epoch tells what was cut from its log."""
+        replica = self._node.replicas.get(fields["shard"])
+        attempt = (fields["epoch"], fields["token"])
+        if replica is None or replica.promised != attempt or not replica.is_active:
+            return reply({"type": "refused", "reason": "this replica is not the primary"})
+        return note(replica, fields["entries"], reply)
 
     def on_answer(self, then: Callable[[dict[str, Any]], None], body: bytes | None) -> None:
         """The answer to a question of one of the replicas."""
@@ -222,6 +235,10 @@ class Control:
         self._node.fetch_map()
 
 
+def _opened(shard: Shard) -> dict[str, Any]:
+    return {"type": "opened", "shard": shard.id, "epoch": shard.epoch, "token": shard.token}
+
+
 def _promised_more(replica: Replica) -> dict[str, Any]:
     return {"type": "refused", "reason": "promised more", "promised": replica.promised}
 
@@ -240,6 +257,6 @@ def _answer_fetch(
     if have == after:
         bodies = [row.body for row in entries]
         return reply({"type": "entries", "entries": bodies, "last": replica.last})
-    if have[1] <= after[1]:
+    if have[0] <= after[0] and have[1] <= after[1]:
         return reply({"type": "elsewhere", "have": have})
     return reply({"type": "trimmed"})

@@ -62,7 +62,7 @@ class Door:
         """
         try:
             check_batch(batch, self._node.sizes)
-            replica = self._serving_or_raise(shard, any=epoch is None)
+            replica = self._serving_or_raise(shard, epoch)
             if len(raw) > self._node.sizes.batch:
                 raise ValueTooLarge(
                     f"a batch has at most {self._node.sizes.batch} bytes; send less at once"
@@ -80,7 +80,7 @@ class Door:
     ) -> None:  # fmt: skip
         """A page of a shard's part of a range or of a key's history, or the deletion of one."""
         try:
-            replica = self._serving_or_raise(shard)
+            replica = self._serving_or_raise(shard, epoch)
         except BusKVError as refusal:
             return respond(refusal)
         if len(self._pages) >= self._node.knobs.calls_max:
@@ -111,11 +111,18 @@ class Door:
             f"node {self._node.config.id} cannot write its log: {self._node.stalled}"
         )
 
-    def _serving_or_raise(self, shard: str, any: bool = False) -> Replica:
-        replica = self._node.reading(shard) if any else self._node.serving(shard)
-        if replica is None:
+    def _serving_or_raise(self, shard: str, epoch: int | None) -> Replica:
+        """The replica that a request of this epoch is for; `epoch` None: any that may answer gets.
+
+        A former primary may still hear what is for a later one: only that one refuses for good.
+        """
+        held = self._node.replicas.get(shard)
+        if held is None or (epoch is None and not self._node.may_read(held)):
             raise NotPrimary(f"shard {shard} is not served here; read the map")
-        return replica
+        refusal = held.not_serving(epoch) if epoch is not None else None
+        if refusal is not None:
+            raise refusal
+        return held
 
     def overloaded(self, message: Received) -> Publish | None:
         """The answer to a message that found the inbox full."""

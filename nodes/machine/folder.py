@@ -1,13 +1,15 @@
 """Decides when committed operations go to disk, and what of the log is no longer needed then.
 
 There is one fold at a time. It carries everything committed up to a mark, the mark with it, so after a crash the log is
-replayed from exactly there. The log keeps the newest `log_keep_bytes` behind the fold, for whoever has to catch up, and
-what is behind the last checkpoint of the state: it is replayed much faster than the write-ahead log of the state.
+replayed from exactly there. What is too much for one goes in several, entry by entry. The log keeps the newest
+`log_keep_bytes` behind the fold, for whoever has to catch up, and what is behind the last checkpoint of the state: it
+is replayed much faster than the write-ahead log of the state.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,26 @@ if TYPE_CHECKING:
 
     from bus_kv.knobs import Knobs
     from nodes.machine.lifetimes import Lifetimes
-    from nodes.machine.table import Table
+    from nodes.machine.table import Table, Writes
 
 
 KEPT_STEPS = 4096
 """Small entries are counted together: the log forgets what it keeps in so many steps."""
+
+
+FOLD_MEMORY_SHARE = 16
+"""Of DuckDB's memory, one fold carries no more than this part: writing it takes several times its bytes."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """One committed entry."""
+
+    batches: list[LoggedBatch]
+    rolled_back: list[LoggedBatch]
+    writes: Writes
+    end: Mark
+    size: int
 
 
 class Folder:
@@ -39,7 +56,10 @@ class Folder:
         """Of committed batches that the disk does not have."""
         self._shard, self._keyspace = shard, keyspace
         self._table, self._lifetimes, self._knobs, self._ask = table, lifetimes, knobs, ask
-        self._batches: list[LoggedBatch] = []
+        self._waiting: deque[_Waiting] = deque()
+        self._fold_bytes_max = min(
+            2 * knobs.fold_bytes, (knobs.duckdb_memory_mb << 20) // FOLD_MEMORY_SHARE
+        )  # fmt: skip
         self._end = mark
         self._since_ns: int | None = None
         """When the first of what waits was committed."""
@@ -50,9 +70,12 @@ class Folder:
         """(last seq, bytes) of entries that the log still has, oldest first."""
         self._kept_bytes = 0
 
-    def add(self, batches: list[LoggedBatch], end: Mark, entry_bytes: int, now_ns: int) -> None:
+    def add(
+        self, batches: list[LoggedBatch], rolled_back: list[LoggedBatch], writes: Writes,
+        end: Mark, entry_bytes: int, now_ns: int,
+    ) -> None:  # fmt: skip
         """An entry was committed; its writes are in the table."""
-        self._batches += batches
+        self._waiting.append(_Waiting(batches, rolled_back, writes, end, entry_bytes))
         self._end = end
         self.bytes += entry_bytes
         self._kept_bytes += entry_bytes
@@ -94,10 +117,30 @@ class Folder:
             self._fold()
 
     def _fold(self) -> None:
-        batches, self._batches = self._batches, []
-        folded_bytes, self._since_ns, self._busy = self.bytes, None, True
-        fold = Fold(0, self._shard, self._keyspace, self._table.freeze(), batches, self._end)
+        taken, folded_bytes = self._take()
+        self._busy = True
+        if not self._waiting:
+            self._since_ns = None
+            records = self._table.freeze()
+        else:
+            # The newest record of a key may be of an entry behind the mark.
+            records = {key: r for entry in taken for key, r in entry.writes.items()}
+            self._table.freeze(records, [entry.writes for entry in self._waiting])
+        fold = Fold(
+            0, self._shard, self._keyspace, records,
+            [batch for entry in taken for batch in entry.batches], taken[-1].end,
+            [batch for entry in taken for batch in entry.rolled_back],
+        )  # fmt: skip
         self._ask(fold, partial(self._on_folded, fold.mark, folded_bytes))
+
+    def _take(self) -> tuple[list[_Waiting], int]:
+        """The oldest entries, as many as one fold carries, and their bytes."""
+        taken = [self._waiting.popleft()]
+        size = taken[0].size
+        while self._waiting and size + self._waiting[0].size <= self._fold_bytes_max:
+            taken.append(self._waiting.popleft())
+            size += taken[-1].size
+        return taken, size
 
     def _on_folded(
         self, mark: Mark, folded_bytes: int, rows: list[Any], failure: str | None

@@ -94,6 +94,13 @@ class _Part(Fate):
     page_until_ns: int = 0
     """A page that is under way may take longer than other answers."""
     failure: BusKVError | None = None
+    size: int = 0
+    """Bytes of keys and values."""
+
+    def __post_init__(self) -> None:
+        if self.batch is not None:
+            values = [value for value in self.batch.values or () if value is not None]
+            self.size = sum(map(len, self.batch.keys)) + sum(map(len, values))
 
     @property
     def deadline_ns(self) -> int:
@@ -118,6 +125,38 @@ class _Part(Fate):
         return not (isinstance(self.call.request, ScanRequest) and self.call.request.erase)
 
 
+class _Parts:
+    """Parts that are under way or wait, by correlation, and how many bytes they hold."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, _Part] = {}
+        self.bytes = 0
+
+    def __setitem__(self, correlation: int, part: _Part) -> None:
+        self._parts[correlation] = part
+        self.bytes += part.size
+
+    def __delitem__(self, correlation: int) -> None:
+        self.bytes -= self._parts.pop(correlation).size
+
+    def pop(self, correlation: int) -> _Part | None:
+        part = self._parts.pop(correlation, None)
+        self.bytes -= part.size if part is not None else 0
+        return part
+
+    def get(self, correlation: int) -> _Part | None:
+        return self._parts.get(correlation)
+
+    def items(self) -> list[tuple[int, _Part]]:
+        return [*self._parts.items()]
+
+    def __contains__(self, correlation: int) -> bool:
+        return correlation in self._parts
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
 class Gateway:
     def __init__(self, node: NodeMachine, client: str) -> None:
         self._node = node
@@ -125,7 +164,7 @@ class Gateway:
         self._client = client
         """Identity of requests that came without one."""
         self._number = 0
-        self._parts: dict[int, _Part] = {}
+        self._parts = _Parts()
         self._wakes: list[tuple[int, int]] = []
         self.circuit = Circuit(node.knobs.suspect_after_ms * MILLISECOND_NS)
         self._answered_ns: dict[str, int] = {}
@@ -136,7 +175,8 @@ class Gateway:
         answer: Callable[[dict[str, Any] | BusKVError], None],
     ) -> None:  # fmt: skip
         """Take on a request. `answer` is called once, within `answer_within_ms`."""
-        if len(self._parts) >= self._knobs.calls_max:
+        parts, knobs = self._parts, self._knobs
+        if len(parts) >= knobs.calls_max or parts.bytes > knobs.parked_bytes_max:
             return answer(Overloaded("this node has too many requests under way; send it again"))
         keyspace = self._node.map.keyspaces.get(request.keyspace)
         if keyspace is None:
@@ -205,7 +245,7 @@ class Gateway:
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._parts)
+        return len(self._parts) > 0
 
     # ---- one part ----
 
@@ -334,7 +374,7 @@ class Gateway:
 
     def on_response(self, correlation: int, body: bytes | None) -> bool:
         """An answer of a primary; False when it is not (or no longer) this gateway's."""
-        part = self._parts.pop(correlation, None)
+        part = self._parts.pop(correlation)
         if part is None:
             return False
         if not part.anywhere and body is not None:
@@ -506,7 +546,7 @@ class Gateway:
 
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are soon routed again."""
-        for correlation, part in list(self._parts.items()):
+        for correlation, part in self._parts.items():
             if part.waits or part.suspected:
                 del self._parts[correlation]
                 if not part.waits:

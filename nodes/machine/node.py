@@ -160,6 +160,7 @@ class NodeMachine:
         ports = Ports(
             partial(self._ask_for, shard.id), lambda: self.now_ns, self.links.tell,
             partial(self._call_for, shard.id), self.snapshots.start,
+            partial(self._announce, shard.id),
         )  # fmt: skip
         replica = Replica(
             shard, self.config.id, self.config.incarnation, self.knobs, self.sizes, past or Past(),
@@ -435,7 +436,7 @@ class NodeMachine:
         if replica.status is not Status.FOLLOWING:
             return replica.status is Status.ACTIVE
         own = Member(self.config.id, self.config.incarnation)
-        return replica.commit_seq >= replica.whole_seq and own in replica.shard.members
+        return replica.is_whole and own in replica.shard.members
 
     def fetch_map(self) -> None:
         """Read the whole map from the store soon: a message shows that the own copy is old."""
@@ -595,3 +596,7 @@ class NodeMachine:
             self._effects.append(
                 Halt(1, f"node {self.config.id} runs already; stop it first or use another --id")
             )
+
+    def _announce(self, shard: str, event: dict[str, Any]) -> None:
+        subject = self.config.subjects.failover_event(shard)
+        self._effects.append(Publish(subject, encode_json(event)))

@@ -27,6 +27,8 @@ class Source:
     goal: Position | None
     """Where it is enough; None: with all that the source has."""
     reached: Callable[[], None]
+    failed: Callable[[], None]
+    """With a goal: the source's log begins behind the end of this one, so it never leads there."""
 
 
 class Pull:
@@ -46,13 +48,14 @@ class Pull:
         self,
         member: Member,
         goal: Position | None = None,
-        reached: Callable[[], None] | None = None,
+        reached: Callable[[], None] = lambda: None,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Fetch from this replica, unless that goes on already."""
         source = self._source
         if source is not None and (source.member, source.goal) == (member, goal):
             return
-        self._source = Source(member, goal, reached or (lambda: None))
+        self._source = Source(member, goal, reached, failed)
         self._ask(self._replica.last)
 
     def stop(self) -> None:
@@ -85,8 +88,8 @@ class Pull:
                 after = self._replica.tail.before(have)
                 if after != self._after:
                     self._ask(after)
-            case "trimmed" if self._source.goal is None:
-                self._on_trimmed(self._source.member)
+            case "trimmed":
+                self._on_trimmed(self._source)
             case _:
                 pass  # refused: asked again later, or given up by a new epoch
 
@@ -104,12 +107,15 @@ class Pull:
         elif answer["entries"]:
             self._ask(end or replica.last)
 
-    def _on_trimmed(self, source: Member) -> None:
+    def _on_trimmed(self, source: Source) -> None:
         """The source's log begins behind the end of this one."""
         replica = self._replica
-        if replica.is_learner:
+        if source.goal is not None:
             self._source = None
-            replica.ports.load(replica, source)
+            source.failed()
+        elif replica.is_learner:
+            self._source = None
+            replica.ports.load(replica, source.member)
         else:
             replica.is_stranded = True
 

@@ -21,6 +21,7 @@ from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, ShardUnavailab
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document
 from nodes.machine.backup import Backup
+from nodes.machine.cuts import Cuts, rolled_back_in
 from nodes.machine.expiry import Expiry
 from nodes.machine.folder import Folder
 from nodes.machine.history import History
@@ -32,7 +33,7 @@ from nodes.machine.replication import Replication
 from nodes.machine.scans import Scans
 from nodes.machine.status import LEADING, Status
 from nodes.machine.table import Table
-from nodes.machine.tail import Segment, Tail, received_segment
+from nodes.machine.tail import Segment, Tail, received_segment, record_bytes
 from nodes.machine.waiters import Waiters, Waiting
 from nodes.machine.writer import Writer
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from nodes.machine.tail import Position
 
 ANY_ROUND = 2**62
+NOT_KNOWN_SEQ = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class Ports:
     """Ask a node; no answer may ever come."""
     load: Callable[[Replica, Member], None] = lambda _replica, _source: None
     """Fetch a snapshot from the primary."""
+    announce: Callable[[dict[str, Any]], None] = lambda _event: None
+    """Say on the bus what has become of the shard."""
 
 
 class Replica:
@@ -92,7 +96,8 @@ class Replica:
         self.base_seq = 0
         """Where the own log begins, after a snapshot."""
         self.whole_seq = 0
-        """Up to here a snapshot may have holes that the log behind it fills."""
+        """Up to here a snapshot may have holes that the log behind it fills. After a restart that is not known: it is
+        the end of the primary's log, as soon as that is heard."""
         self.is_stranded = False
         """No log reaches back to where this one ends, and a member must not throw its own away: only as a learner."""
         self.tail = Tail((mark.epoch, mark.last))
@@ -106,6 +111,8 @@ class Replica:
         """How keys map to tokens; the node sets it from the keyspace."""
         self.members_for_all = 1
         """min(replication_factor, nodes of the map): how many members ALL takes (R4)."""
+        self.everywhere_seq = 0
+        """Up to here every member of an epoch with so many members has had the log, as far as primaries have said."""
         self.operations = 0
         """Operations answered since the start of the process."""
         self.replication: Replication | None = None
@@ -121,6 +128,7 @@ class Replica:
         self.expiry = Expiry(self)
         self.pull = Pull(self, knobs)
         self.backup = Backup(self)
+        self.cuts = Cuts(self)
         self._filter_builder = FilterBuilder(shard.id, self.table, ask)
         self._base_time_ms = mark.time_ms
         self._rows: list[EntryRow | CutRow] = []
@@ -143,18 +151,35 @@ class Replica:
     def now_ns(self) -> int:
         return self.ports.clock()
 
+    @property
+    def primary(self) -> str:
+        """Who leads the promised epoch, as far as is known."""
+        return self.backup.primary if self.replication is None else self.node
+
     # ---- life cycle ----
 
     def restore(self, row: ReplicaRow) -> None:
         """Take up what the disk remembers, before `replay`."""
         self.promised = self.durable_promise = (row.promised_epoch, row.promised_token)
         self.opened_epoch, self.base_seq = row.opened_epoch, row.base_seq
+        if row.base_seq:
+            self.whole_seq = NOT_KNOWN_SEQ
+
+    def heard_end(self, seq: int) -> None:
+        """The primary's log has come at least so far: no snapshot of it was taken further on before."""
+        if self.whole_seq == NOT_KNOWN_SEQ:
+            self.whole_seq = seq
 
     def succeed(self, old: Replica, base_seq: int) -> None:
         """Take the place of a learner's replica whose log is thrown away; what it promised stays promised (R1)."""
         self.promised, self.durable_promise = old.promised, old.durable_promise
         self.opened_epoch, self.base_seq = old.opened_epoch, base_seq
         self.policy, self.members_for_all = old.policy, old.members_for_all
+        self.everywhere_seq = old.everywhere_seq
+        if old.last[1] > old.commit_seq or old.cuts.is_due:
+            # Of its end nobody knows yet whether it was committed elsewhere.
+            self._rows.append(CutRow(self.shard.id, old.commit_seq, self.promised[0]))
+            self.cuts.found()
         self._rows.append(CutRow(self.shard.id, 0, self.promised[0], keep=False))
         self._row_changed = True
 
@@ -213,11 +238,9 @@ class Replica:
         self.opened_epoch = shard.epoch
         self.status = Status.OPENING
         self.time_ms = max(self.time_ms, time_ms)
-        seq = self.last[1] + 1
-        segment = Segment(shard.epoch, seq, self.last, self.time_ms, shard_to_document(shard), seq)
-        segment.remembered = True
-        self.tail.append(segment)
+        seq = self._append_record(shard_to_document(shard))
         self.replication = Replication(shard, self.node, self.knobs, seq)
+        self.replication.everywhere = self.everywhere_seq
         self._on_opened = opened
 
     @property
@@ -226,6 +249,11 @@ class Replica:
         own = Member(self.node, self.incarnation)
         current = (self.shard.epoch, self.shard.token) == self.promised
         return current and self.shard.state is ShardState.ACTIVE and own in self.shard.learners
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what is committed here has no holes."""
+        return self.commit_seq >= self.whole_seq
 
     @property
     def is_active(self) -> bool:
@@ -291,6 +319,19 @@ class Replica:
             segment.remembered = True
             self.tail.append(segment)
         return segment
+
+    def append_record(self, record: dict[str, Any]) -> None:
+        """Put an entry without operations at the end of the log."""
+        self.time_ms = max(self.time_ms, self.now_ns // 1_000_000)
+        self._append_record(record)
+
+    def _append_record(self, record: dict[str, Any]) -> int:
+        seq = self.last[1] + 1
+        segment = Segment(self.promised[0], seq, self.last, self.time_ms, record, seq)
+        segment.batch_bytes = record_bytes(record)
+        segment.remembered = True
+        self.tail.append(segment)
+        return seq
 
     def take_decided(self) -> None:
         """Make entries of what was decided since the last turn."""
@@ -371,6 +412,9 @@ class Replica:
         self._writes.release(self.commit_seq, ANY_ROUND)
         self._reads.release(self.commit_seq, replication.quorum(replication.rounds))
         all_seq = min(self.commit_seq, replication.all(replication.match))
+        if len(replication.shard.members) >= self.members_for_all:
+            self.everywhere_seq = max(self.everywhere_seq, all_seq)
+            replication.everywhere = self.everywhere_seq
         self._alls.release(all_seq, replication.all(replication.rounds))
 
     # ---- answers ----
@@ -427,6 +471,7 @@ class Replica:
         last = self.last[1]
         self._rows.append(CutRow(self.shard.id, last, self.promised[0]))
         self._cuts += 1
+        self.cuts.found()
         self.durable_seq = min(self.durable_seq, last)
         segments = self.tail.segments
         self.time_ms = segments[-1].time_ms if segments else self._base_time_ms
@@ -444,7 +489,7 @@ class Replica:
 
     def _apply(self, segment: Segment) -> None:
         table = self.table
-        if segment.record is not None:
+        if segment.is_opening:
             self.lineage.append((segment.epoch, segment.first))
         table.apply(segment.writes, segment.logged, segment.keys, segment.data_bytes)
         self.lifetimes.add(segment.writes)
@@ -453,24 +498,26 @@ class Replica:
             segment.epoch, segment.last, segment.time_ms, table.keys, table.data_bytes,
             tuple(self.lineage),
         )  # fmt: skip
-        self.folder.add(segment.logged, end, segment.batch_bytes, self.now_ns)
+        rolled_back = rolled_back_in(segment.record)
+        self.folder.add(
+            segment.logged, rolled_back, segment.writes, end, segment.batch_bytes, self.now_ns
+        )  # fmt: skip
 
     def fate(self, version: Version) -> str:
-        """What became of a write: "primary", "quorum", "all", "rolled_back" or "unknown" (R4)."""
+        """What became of a write: "primary", "quorum", "all", "rolled_back" or "unknown" (R4).
+
+        "all": it has been durable on every member of a configuration with enough members for ALL. That stays true when
+        a member is replaced, whose successor may be catching up still; so does the answer, unless a primary dies in the
+        moment in which it has seen it and nobody else has heard.
+        """
         epoch, seq = version
         if epoch == self.shard.epoch and self.commit_seq < seq <= self.last[1]:
             return "primary" if seq <= self.durable_seq else "unknown"
         ends = [*(first for _, first in self.lineage[1:]), self.commit_seq + 1]
         for (own, first), end in zip(self.lineage, ends, strict=True):
             if own == epoch and first < seq < end:
-                return "all" if self._is_everywhere(seq) else "quorum"
+                return "all" if seq <= self.everywhere_seq else "quorum"
         return "rolled_back" if epoch < self.shard.epoch else "unknown"
-
-    def _is_everywhere(self, seq: int) -> bool:
-        replication = self.replication
-        if replication is None or len(replication.shard.members) < self.members_for_all:
-            return False
-        return replication.all(replication.match) >= seq
 
     # ---- the turn ----
 
@@ -481,6 +528,7 @@ class Replica:
         if self.status is Status.ACTIVE:
             self._filter_builder.build_if_needed(self.now_ns)
         self.writer.end_turn()
+        self.cuts.tell_if_due()
         replication = self.replication
         others_have = min(replication.match.values()) if replication else self.commit_seq
         return self.folder.trim(others_have)
@@ -488,7 +536,7 @@ class Replica:
     def next_deadline_ns(self) -> int | None:
         deadlines = [
             *(queue.next_ns() for queue in self._queues), *self.writer.deadlines(),
-            self.folder.next_ns(), self.pull.next_ns(),
+            self.folder.next_ns(), self.pull.next_ns(), self.cuts.next_ns(),
         ]  # fmt: skip
         if self.status is Status.ACTIVE:
             deadlines.append(self.expiry.next_ns())

@@ -23,6 +23,8 @@ class Replication:
         self.shard, self.node = shard, node
         self.opening = opening
         """Seq of the epoch's opening entry: nothing below it is committed by counting (R3)."""
+        self.everywhere = 0
+        """Up to here the log is known to have been on every member, in this epoch or before."""
         self.round = 0
         """Number of the newest confirm round; a read waits for one that began after it came (R5)."""
         self._round_wanted = False
@@ -120,7 +122,7 @@ class Replication:
     def _message(self, previous: Position, entries: list[bytes], commit: int) -> dict[str, Any]:
         return {
             "type": "append", **self._head(), "previous": previous, "entries": entries,
-            "commit": commit,
+            "commit": commit, "everywhere": self.everywhere,
         }  # fmt: skip
 
     def _head(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class _Run:
     goes_on: bool
     folds: int
 
-    def rest(self, request: ScanRequest) -> Rows | None:
+    def rest(self, request: ScanRequest, page_bytes: int) -> Rows | None:
         """What a scan that begins within the run needs of it; None when that is not here."""
         mine = self.request
         if (mine.reverse, mine.keys_only) != (request.reverse, request.keys_only):
@@ -61,7 +61,17 @@ class _Run:
             if not self.keys[0] < request.start <= self.keys[-1] or request.end != mine.end:
                 return None
             rows = self.rows[bisect_left(self.keys, request.start) :]
-        return rows if len(rows) > request.limit or not self.goes_on else None
+        return rows if not self.goes_on or _taken(request, rows, page_bytes) < len(rows) else None
+
+
+def _taken(request: ScanRequest, rows: Rows, page_bytes: int) -> int:
+    """How many of the rows one page takes, and one more, to know whether the range goes on."""
+    room = page_bytes
+    for at, row in enumerate(rows):
+        room -= len(row[0]) + ITEM_BYTES + (0 if request.keys_only else len(row[1] or b""))
+        if at == request.limit or (at and room < 0):
+            return at + 1
+    return len(rows)
 
 
 class Scans:
@@ -95,10 +105,11 @@ class Scans:
             pass
         table = self._replica.table
         for run in self._runs:
-            rows = run.rest(request) if run.folds == table.folds else None
+            rows = run.rest(request, self._page_bytes) if run.folds == table.folds else None
             if rows is not None:
-                goes_on = run.goes_on or len(rows) > request.limit + 1
-                return self._merge(request, rows[: request.limit + 1], goes_on, respond)
+                taken = _taken(request, rows, self._page_bytes)
+                goes_on = run.goes_on or taken < len(rows)
+                return self._merge(request, rows[:taken], goes_on, respond)
         return self._ask_disk(request, epoch, respond)
 
     def _ask_disk(self, request: ScanRequest, epoch: int, respond: Respond) -> None:
@@ -129,11 +140,12 @@ class Scans:
             self._replica.table.reads_repeated = True
             return self._read(request, epoch, respond)
         goes_on = query.goes_on(rows)
-        if len(rows) > request.limit + 1:
+        taken = _taken(request, rows, self._page_bytes)
+        if taken < len(rows):
             keys = [row[0] for row in rows]
             keys.sort()
             self._runs.append(_Run(request, rows, keys, goes_on, folds))
-            rows, goes_on = rows[: request.limit + 1], True
+            rows, goes_on = rows[:taken], True
         return self._merge(request, rows, goes_on, respond)
 
     def _merge(self, request: ScanRequest, rows: Rows, goes_on: bool, respond: Respond) -> None:

@@ -145,7 +145,8 @@ class Snapshots:
         if self._transfers.get(shard) is not transfer:
             return
         if failure is not None:
-            return self._drop(shard)  # begins anew when the log is asked for again
+            # Unreadable here, whatever its checksum says. Begins anew when the log is asked for again.
+            return self._drop(shard)
         if load.mark is not None:
             query = ClientsOf(0, shard)
             return self._node.ask(query, partial(self._on_clients, shard, transfer))

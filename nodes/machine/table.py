@@ -128,11 +128,22 @@ class Table:
 
     # ---- the fold ----
 
-    def freeze(self) -> Writes:
-        """What the next fold carries to disk."""
+    def freeze(self, records: Writes | None = None, later: Iterable[Writes] = ()) -> Writes:
+        """What the next fold carries to disk: everything, or `records`, the newest of the oldest entries; `later` are
+        the writes of the others."""
         assert not self.frozen, "one fold at a time"
-        self.frozen, self.dirty = self.dirty, {}
-        return self.frozen
+        if records is None:
+            self.frozen, self.dirty = self.dirty, {}
+            return self.frozen
+        dirty = self.dirty
+        # One deletion looks like another: of a key that was written in between, the later one has to stay.
+        deleted = {key for key, record in records.items() if record is None}
+        deleted_again = {key for writes in later for key in writes.keys() & deleted}
+        for key, record in records.items():
+            if key in dirty and dirty[key] is record and key not in deleted_again:
+                del dirty[key]
+        self.frozen = records
+        return records
 
     def folded(self) -> None:
         """The fold is on disk: its records are no longer held for it."""

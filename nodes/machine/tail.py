@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.core.machine import LoggedBatch
 from bus_kv.protocol import batch as b
-from bus_kv.protocol.entry import Entry, applied_count
+from bus_kv.protocol.entry import ROLLED_BACK, Entry, applied_count
 from nodes.machine.judge import logged_writes
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class Segment:
     """The entry as it came from another log, until it is decoded."""
 
     @property
+    def is_opening(self) -> bool:
+        return self.record is not None and ROLLED_BACK not in self.record
+
+    @property
     def end(self) -> Position:
         return self.epoch, self.last
 
@@ -73,7 +77,7 @@ class Segment:
         entry, self.received = self.received, None
         if entry is None:
             return
-        seq, self.batch_bytes = entry.first, 0
+        seq, self.batch_bytes = entry.first, record_bytes(entry.record)
         for raw, (outcomes, batch) in zip(entry.batches, entry.decoded(), strict=True):
             logged = LoggedBatch(batch, outcomes, entry.epoch, seq, entry.time_ms)
             self.add(logged, raw, logged_writes(logged), 0)
@@ -88,8 +92,15 @@ def received_segment(entry: Entry) -> Segment:
     )
     segment.appended = True
     segment.received, segment.data_bytes = entry, entry.data_bytes
-    segment.batch_bytes = sum(map(len, entry.batches)) + sum(map(len, entry.outcomes))
+    segment.batch_bytes = (
+        sum(map(len, entry.batches)) + sum(map(len, entry.outcomes)) + record_bytes(entry.record)
+    )
     return segment
+
+
+def record_bytes(record: dict[str, Any] | None) -> int:
+    """What counts of an entry's record: entries that were rolled back may be large."""
+    return sum(map(len, (record or {}).get(ROLLED_BACK, ())))
 
 
 class Tail:

@@ -42,8 +42,9 @@ class Writer:
         self._replica, self._knobs = replica, replica.knobs
         self._table, self._loader = replica.table, replica.loader
         self._dedup = DedupWindow(replica.knobs, clients, time_ms)
-        self._parked: dict[int, tuple[int, Respond]] = {}
-        """Deadline and answer of requests that wait for the disk."""
+        self._parked: dict[int, tuple[int, Respond, int]] = {}
+        """Deadline, answer and bytes of requests that wait for the disk."""
+        self._parked_bytes = 0
         self._parks = 0
         self.erasing: dict[tuple[str, int], list[Callable[[Any], None]]] = {}
         """Who waits for the result of which delete_prefix."""
@@ -70,13 +71,14 @@ class Writer:
         if disk is not None and disk.folds != self._table.folds:
             disk = None
         if not reads and disk is None and self._dedup.needs_disk(batch):
-            return self._park(deadline_ns, respond, partial(self._loader.requests_of, batch), again)
+            fetch_requests = partial(self._loader.requests_of, batch)
+            return self._park(len(raw), deadline_ns, respond, fetch_requests, again)
         records = self._committed(batch.keys) if reads else [*map(self.latest, batch.keys)]
         if UNKNOWN in records:
             cold = {k for k, r in zip(batch.keys, records, strict=True) if r is UNKNOWN}
             # What was loaded before may have left memory again: all of it at once then.
             fetch = partial(self._loader.want_for, batch, cold | self._loaded.keys())
-            return self._park(deadline_ns, respond, fetch, partial(again, disk=disk))
+            return self._park(len(raw), deadline_ns, respond, fetch, partial(again, disk=disk))
         self._replica.operations += len(batch)
         if reads:
             return self._read(batch, records, deadline_ns, respond)
@@ -148,21 +150,32 @@ class Writer:
     # ---- from disk ----
 
     def _park(
-        self, deadline_ns: int, respond: Respond, fetch: Callable[[Any, Callable[[], bool]], None],
-        again: Callable[[int, Any], None],
+        self, size: int, deadline_ns: int, respond: Respond,
+        fetch: Callable[[Any, Callable[[], bool]], None], again: Callable[[int, Any], None],
     ) -> None:  # fmt: skip
         """Let a request wait for the disk; it is judged when it comes back, as if it had arrived then."""
+        if self._parked and self._parked_bytes + size > self._knobs.parked_bytes_max:
+            return respond(Overloaded(f"too many bytes wait for the disk of {self._shard}"))
         self._parks += 1
-        self._parked[self._parks] = (deadline_ns, respond)
+        self._parked[self._parks] = (deadline_ns, respond, size)
+        self._parked_bytes += size
         park = self._parks
-        fetch(partial(again, park), lambda: park in self._parked)
+        return fetch(partial(again, park), lambda: park in self._parked)
+
+    def _unpark(self, park: int) -> Respond | None:
+        """Who waited; None when he was answered at his deadline."""
+        parked = self._parked.pop(park, None)
+        if parked is None:
+            return None
+        self._parked_bytes -= parked[2]
+        return parked[1]
 
     def _resume(
         self, batch: Batch, raw: bytes, epoch: int | None, deadline_ns: int, respond: Respond,
         park: int, fetched: Loaded | DiskRuns | str, disk: DiskRuns | None = None,
     ) -> None:  # fmt: skip
-        if self._parked.pop(park, None) is None:
-            return None  # it was answered at its deadline
+        if self._unpark(park) is None:
+            return None
         if isinstance(fetched, str):
             return respond(self._not_fetched(fetched))
         if isinstance(fetched, DiskRuns):
@@ -278,11 +291,12 @@ class Writer:
         return bool(self._parked)
 
     def deadlines(self) -> list[int]:
-        return [deadline_ns for deadline_ns, _ in self._parked.values()]
+        return [deadline_ns for deadline_ns, *_ in self._parked.values()]
 
     def on_deadline(self, now_ns: int) -> None:
-        for park in [park for park, (end_ns, _) in self._parked.items() if end_ns <= now_ns]:
-            _, respond = self._parked.pop(park)
+        for park in [park for park, (end_ns, *_) in self._parked.items() if end_ns <= now_ns]:
+            respond = self._unpark(park)
+            assert respond is not None
             respond(self._not_fetched("its disk does not answer"))
 
 

@@ -20,7 +20,7 @@ async def chaos(folder: Path, *arguments: str, code: int = 0) -> Any:
     return ran
 
 
-@pytest.mark.parametrize("fault", ["kill-primary", "kill-all", "cut-primary", "wipe-disk"])
+@pytest.mark.parametrize("fault", ["kill-primary", "kill-in-turn", "cut-primary", "wipe-disk"])
 async def test_a_fault_under_load_breaks_no_promise(tmp_path: Path, fault: str):
     ran = await chaos(tmp_path, "--fault", fault, *SHORT)
     document = json.loads((tmp_path / "chaos-report.json").read_text())

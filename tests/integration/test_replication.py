@@ -1,15 +1,17 @@
 """Three nodes hold the same log and the same state; members come and go, and nothing that was acknowledged is lost."""
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.errors import NoRespondersError
 
 from tests.support.cluster import Cluster, cluster_on, until
-from tests.support.recorded import Recorder
+from tests.support.recorded import Recorder, sql
 from tests.support.replicas import (
     LEVELS,
     NEVER_NOTICED,
@@ -18,7 +20,6 @@ from tests.support.replicas import (
     assert_kept,
     cuts_of,
     log_of,
-    requests_in,
     state_of,
     until_folded,
     until_logs_equal,
@@ -121,12 +122,25 @@ async def test_what_only_the_killed_primary_had_is_cut_when_it_comes_back(patien
     await patient.admin("failover", shard="s1")
     assert (await patient.until_ok("get", key="lost"))["found"] is False
     assert (await patient.until_ok("get", key="kept"))["value"] == "1"
+    events = await patient.bus.client.subscribe(f"{patient.root}.event.failover.s1")
     patient.restart("n1")
     await patient.until_members(*NODES)
-    [(request_id, version, key)] = requests_in(cuts_of(patient, "n1"))
-    assert (request_id, [*version], key) == ("w:2", lost["results"][0]["version"], b"lost")
+    event: dict[str, Any] = {}
+    while event.get("type") != "rolled_back":  # before it there are others: it has cut its log
+        event = json.loads((await events.next_msg(10)).data)
+    version = lost["results"][0]["version"]
+    assert (event["type"], event["node"], event["versions"]) == ("rolled_back", "n1", [version])
+    await until(partial(is_forgotten, patient, "n1"))
+    told = "SELECT request_id, epoch, seq, key_text, op FROM oplog WHERE outcome = 'rolled_back'"
+    assert await sql(patient, told) == [["w:2", *version, "lost", "put"]]
+    versions = (await patient.bus.ok("history", key="lost"))["versions"]
+    assert versions == []
     # What was cut has not happened: the same request may be done now.
     assert (await patient.bus.ok("put", key="lost", value="1", request_id="w:2"))["found"] is False
+
+
+async def is_forgotten(cluster: Cluster, node: str) -> bool:
+    return cuts_of(cluster, node) == []
 
 
 async def test_a_killed_primary_is_replaced_and_comes_back(cluster: Cluster) -> None:

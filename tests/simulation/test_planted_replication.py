@@ -312,4 +312,4 @@ def test_a_broken_rule_is_caught(
 ) -> None:
     plant(monkeypatch)
     with pytest.raises(Violation, match=promise):
-        run_all(range(1, 101))
+        run_all(range(1, 201))

@@ -37,18 +37,20 @@ def main() -> int:
 
 def run_many(seeds: range) -> int:
     started = time.monotonic()
-    failures, events, acknowledged, epochs = [], 0, 0, 0
+    failures: list[str] = []
+    done: list[Result] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(attempt, seeds, chunksize=8):
             if isinstance(result, str):
                 failures.append(result)
                 print(f"FAILED {result}", flush=True)
             else:
-                events += result.events
-                acknowledged += result.acknowledged
-                epochs += result.epochs
+                done.append(result)
     print(
-        f"{len(seeds)} seeds, {events} events, {acknowledged} acknowledged writes, {epochs} epochs, "
+        f"{len(seeds)} seeds, {sum(r.events for r in done)} events, "
+        f"{sum(r.acknowledged for r in done)} acknowledged writes, "
+        f"{sum(r.epochs for r in done)} epochs, {sum(r.shared for r in done)} times several shards "
+        f"in one message or fsync, {sum(r.forgot for r in done)} stores that forgot, "
         f"{time.monotonic() - started:.1f} s: {len(failures)} failed"
     )
     return 1 if failures else 0

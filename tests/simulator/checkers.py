@@ -245,6 +245,8 @@ def check_state(log: list[Logged], state: Shard) -> None:
         raise Violation("fold: the state is not what the log says up to its mark")
     if [(row[0], row[1]) for row in state.oplog] != [operation.version for operation in folded]:
         raise Violation("fold: the oplog does not hold every folded operation once, in order")
+    if state.rolled_back.keys() & {operation.version for operation in log}:
+        raise Violation("fold: the oplog tells of a committed operation that it was rolled back")
     known = {
         (client, number, index)
         for client, run in state.requests

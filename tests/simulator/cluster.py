@@ -118,6 +118,8 @@ class Cluster:
             for entry in disk.entries.get(row.shard, []):
                 if entry.last > state.mark.last:
                     replica.replay(entry)
+            if disk.cuts.get(row.shard):
+                replica.cuts.found()
         process.begin(machine)
         process.tap = lambda message: self._check_leaving(process, message)
         process.refuse = machine.door.overloaded
@@ -148,9 +150,13 @@ class Cluster:
         """After a node's turn: at most one primary per epoch (R7), and what is committed stays (R3)."""
         assert isinstance(process.machine, NodeMachine)
         self._see_batched(process, ready)
-        for row in ready.append.entries if ready.append else ():
-            if isinstance(row, CutRow) and row.keep:
-                self._see_cut(process, row)
+        rows = ready.append.entries if ready.append else ()
+        cuts = [row for row in rows if isinstance(row, CutRow)]
+        # A learner that takes a snapshot throws its whole log away.
+        replaced = {cut.shard for cut in cuts if not cut.keep}
+        for cut in cuts:
+            if cut.shard not in replaced:
+                self._see_cut(process, cut)
         for replica in process.machine.replicas.values():
             self._see_committed(process, replica)
             if replica.status is Status.ACTIVE:

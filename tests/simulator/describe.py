@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bus_kv.errors import BusKVError
 from bus_kv.protocol.batch import KIND_NAMES, decode_batch
 from bus_kv.protocol.codec import decode_body, decode_cbor
-from bus_kv.protocol.entry import decode_entry
+from bus_kv.protocol.entry import ROLLED_BACK, decode_entry
 
 if TYPE_CHECKING:
     from bus_kv.core.machine import Append
@@ -70,6 +70,8 @@ def _append(fields: dict[str, Any]) -> str:
 
 
 def _entry(entry: Any) -> str:
+    if entry.record is not None and ROLLED_BACK in entry.record:
+        return f"entry {entry.first} of epoch {entry.epoch}: what was rolled back"
     if entry.record is not None:
         return f"opening entry {_place((entry.epoch, entry.last))}"
     span = f"{entry.first}" if entry.first == entry.last else f"{entry.first}–{entry.last}"
@@ -92,6 +94,12 @@ def _answer(item: dict[str, Any]) -> str:
     return "here I am" if item["type"] == "here" else f"refused, promised {item['promised'][0]}"
 
 
+def _rolled_back(fields: dict[str, Any]) -> str:
+    if "entries" in fields:
+        return f"{len(fields['entries'])} entries were cut"
+    return f"rolled back: {', '.join(map(_place, fields['versions']))}"
+
+
 def _seal(fields: dict[str, Any]) -> str:
     record = fields["record"]
     last = record["last_active"]
@@ -110,6 +118,8 @@ _DESCRIBE: dict[Any, Any] = {
     "entries": lambda f: f"{len(f['entries'])} entries, the log ends at {_place(f['last'])}",
     "elsewhere": lambda f: f"nothing ends there; {_place(f['have'])} is before it",
     "trimmed": lambda f: "the log begins behind that",
+    "rolled_back": _rolled_back,
+    "noted": lambda f: f"{len(f['lost'])} of them were rolled back",
     "refused": lambda f: f"refused: {f['reason']}",
 }  # fmt: skip
 

@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.machine import Answered, AppendCompleted, AppendStalled, CutRow, Trim
+from bus_kv.core.machine import (
+    Answered,
+    AppendCompleted,
+    AppendStalled,
+    CutRow,
+    CutsRead,
+    Trim,
+)  # fmt: skip
 from bus_kv.protocol.entry import decode_entry
 from tests.simulator.describe import describe_append
 from tests.simulator.state import State
@@ -28,13 +35,16 @@ class Disk:
         self.entries: dict[str, list[EntryRow]] = {}
         self.ever: dict[tuple[str, int, int], EntryRow] = {}
         """Every entry that was ever durable here, by shard, epoch and last seq: the log itself is trimmed and cut."""
+        self.cuts: dict[str, list[tuple[int, EntryRow]]] = {}
+        """Per shard (place, entry) of what was cut and not told yet."""
+        self._cut_count = 0
         self.ends: dict[tuple[str, int], int] = {}
         """Last seq that was ever durable here, by shard and epoch."""
         self.state = State(world, name, self)
         self.replicas: dict[str, ReplicaRow] = {}
         self.incarnation = f"i{self._random.getrandbits(32):08x}"
         self.map: dict[str, Any] | None = None
-        self._reads: list[LogRead] = []
+        self._reads: list[LogRead | CutsRead] = []
         self._under_way: list[Append] = []
         self._waiting: list[Append] = []
         self._notify: Callable[[Any], None] = lambda _: None
@@ -82,6 +92,7 @@ class Disk:
             for row in append.entries:
                 rows = self.entries.setdefault(row.shard, [])
                 if isinstance(row, CutRow):
+                    self._set_aside(row)
                     self.entries[row.shard] = [entry for entry in rows if entry.last <= row.last]
                 elif rows and rows[-1].last >= row.last:
                     raise Violation(f"entry {row.last} is appended behind {rows[-1].last}")
@@ -93,7 +104,13 @@ class Disk:
                 self.replicas[replica.shard] = replica
             self.map = append.map or self.map
 
-    def do(self, effect: LogRead | Trim) -> None:
+    def _set_aside(self, cut: CutRow) -> None:
+        for row in self.entries[cut.shard]:
+            if cut.keep and row.last > cut.last:
+                self._cut_count += 1
+                self.cuts.setdefault(cut.shard, []).append((self._cut_count, row))
+
+    def do(self, effect: LogRead | CutsRead | Trim) -> None:
         """A read is answered once everything that was appended before is durable."""
         if isinstance(effect, Trim):
             return self._trim(effect)
@@ -105,6 +122,11 @@ class Disk:
     def _answer_reads(self) -> None:
         reads, self._reads = self._reads, []
         for read in reads:
+            if isinstance(read, CutsRead):
+                left = [item for item in self.cuts.get(read.shard, []) if item[0] > read.told]
+                self.cuts[read.shard] = left
+                self._notify(Answered(read.ticket, left[:3]))
+                continue
             epoch, seq = read.after
             log = self.entries.get(read.shard, [])
             have = [(row.epoch, row.last) for row in log if row.last <= seq and row.epoch <= epoch]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import (
     ClientsOf,
+    CutsRead,
     Expiring,
     Fold,
     Halt,
@@ -190,7 +191,7 @@ class Process:
             ):
                 assert self.disk is not None
                 self.disk.state.submit(effect)
-            case LogRead() | Trim():
+            case LogRead() | CutsRead() | Trim():
                 assert self.disk is not None
                 self.disk.do(effect)
             case Halt():

@@ -34,6 +34,8 @@ class Result:
     """Epochs that were seen serving: how much the run had to go through."""
     shared: int
     """Messages and log transactions that served several shards at once."""
+    forgot: bool
+    """Whether the map's store forgot something."""
 
 
 def run(seed: int, trace: bool = False) -> Result:
@@ -72,7 +74,7 @@ def _run(world: World) -> Result:
     acknowledged = sum(c.outcome == "ok" and c.kind != "get" for c in history)
     return Result(
         world.seed, world.digest, world.events, len(history), acknowledged, len(cluster.active),
-        cluster.shared,
+        cluster.shared, cluster.store.has_forgotten,
     )  # fmt: skip
 
 

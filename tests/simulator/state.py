@@ -48,6 +48,8 @@ class Shard:
         self.positions = 0
         self.oplog: list[tuple[Any, ...]] = []
         """(epoch, seq, kind, key, value, client, number, index, time_ms) of every applied operation, in order."""
+        self.rolled_back: dict[tuple[int, int], bytes] = {}
+        """(epoch, seq) -> key of every operation that the log says was rolled back."""
         self.requests: list[tuple[str, tuple[Any, ...]]] = []
         self.clients: dict[str, int] = {}
 
@@ -76,6 +78,12 @@ class Shard:
                 self.requests.append((batch.client, run))
                 newest = self.clients.get(batch.client, -1)
                 self.clients[batch.client] = max(newest, batch.numbers[-1])
+        for logged in fold.rolled_back:
+            seq = logged.first
+            for key, outcome in zip(logged.batch.keys, logged.outcomes, strict=True):
+                if outcome in b.APPLIED:
+                    self.rolled_back[logged.epoch, seq] = key
+                    seq += 1
         self.mark = fold.mark
 
     def answer(self, query: Query) -> list[Any]:
@@ -135,7 +143,7 @@ class Shard:
             return ["rows", pickle.dumps(rows), page[-1]]
         oplog = [row for row in self.oplog if row[1] <= query.last]
         requests = [(client, run) for client, run in self.requests if run[4] <= query.last]
-        return ["rest", pickle.dumps((oplog, requests)), None]
+        return ["rest", pickle.dumps((oplog, requests, self.rolled_back)), None]
 
     def load(self, load: Load) -> None:
         if load.mark is not None:
@@ -145,7 +153,7 @@ class Shard:
                 self.positions += 1
                 self.rows[key] = (self.positions, record)
         elif load.table == "rest":
-            self.oplog, self.requests = pickle.loads(load.chunk)
+            self.oplog, self.requests, self.rolled_back = pickle.loads(load.chunk)
             for client, run in self.requests:
                 self.clients[client] = max(self.clients.get(client, -1), run[0][-1])
         else:
@@ -223,13 +231,17 @@ class State:
             self._notify(FoldStalled("no space left"))
             self._world.after(200 * MILLISECOND_NS, lambda: self._commit(life))
             return
-        self._write(self._folds[0])
-        self._world.after(self._random.randint(*QUERY_NS), lambda: self._complete(life))
+        effect = self._folds[0]
+        is_chunk = isinstance(effect, Load) and bool(effect.table)
+        failure = "refused" if is_chunk and self._random.random() < 0.02 else None
+        if failure is None:
+            self._write(effect)
+        self._world.after(self._random.randint(*QUERY_NS), lambda: self._complete(life, failure))
 
-    def _complete(self, life: int) -> None:
+    def _complete(self, life: int, failure: str | None) -> None:
         if life == self._life:
             self._notify(FoldStalled(""))
-            self._notify(Answered(self._folds.pop(0).ticket))
+            self._notify(Answered(self._folds.pop(0).ticket, failure=failure))
             if self._random.random() < 0.2:
                 self._checkpoint = pickle.dumps(self.shards)
                 lasts = {id: shard.mark.last for id, shard in self.shards.items()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.machine import CutRow, EntryRow, ReplicaRow
+from bus_kv.core.machine import CutRow, CutsRead, EntryRow, ReplicaRow
 from bus_kv.knobs import Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch
 from bus_kv.protocol.shard_map import Configuration, Member, Shard, ShardState
 from bus_kv.protocol.sizes import Sizes
 from nodes.machine.control import _answer_fetch
+from nodes.machine.cuts import note
 from nodes.machine.replica import Past, Ports, Replica
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ class Node:
     pending: list[tuple[list[Any], ReplicaRow | None]] = field(default_factory=list)
     tells: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     calls: list[tuple[str, dict[str, Any], Any]] = field(default_factory=list)
+    cuts: list[tuple[int, EntryRow]] = field(default_factory=list)
+    """(place, entry) of what was cut from the log and not told yet."""
+    asked: list[tuple[Any, Any]] = field(default_factory=list)
+    """Queries to the disk, and who waits for the answer."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What was announced on the bus."""
 
 
 class Trio:
@@ -54,13 +61,15 @@ class Trio:
     def _node(self, name: str) -> Node:
         tells: list[Any] = []
         calls: list[Any] = []
+        asked: list[Any] = []
+        events: list[Any] = []
         ports = Ports(
-            lambda _query, _then: None, lambda: self.now_ns,
+            lambda query, then: asked.append((query, then)), lambda: self.now_ns,
             lambda to, fields: tells.append((to, fields)),
-            lambda to, fields, then: calls.append((to, fields, then)),
+            lambda to, fields, then: calls.append((to, fields, then)), announce=events.append,
         )  # fmt: skip
         replica = Replica(self.shard, name, "i", self.knobs, Sizes(1 << 20), Past(), ports)
-        return Node(name, replica, tells=tells, calls=calls)
+        return Node(name, replica, tells=tells, calls=calls, asked=asked, events=events)
 
     def __getitem__(self, name: str) -> Replica:
         return self.nodes[name].replica
@@ -109,6 +118,8 @@ class Trio:
         for rows, row in pending:
             for entry in rows:
                 if isinstance(entry, CutRow):
+                    gone = [row for row in node.log if row.last > entry.last and entry.keep]
+                    node.cuts += enumerate(gone, node.cuts[-1][0] + 1 if node.cuts else 1)
                     node.log = [kept for kept in node.log if kept.last <= entry.last]
                 else:
                     node.log.append(entry)
@@ -119,7 +130,9 @@ class Trio:
         """The process dies, and comes back with what was durable."""
         old = self.nodes[name]
         node = self._node(name)
-        node.log, node.row = old.log, old.row
+        node.log, node.row, node.cuts = old.log, old.row, old.cuts
+        if node.cuts:
+            node.replica.cuts.found()
         if node.row is not None:
             node.replica.restore(node.row)
         for entry in node.log:
@@ -157,8 +170,10 @@ class Trio:
     def fetch(self, name: str) -> None:
         """Every question for another log is answered from that node's disk, until there is none."""
         node = self.nodes[name]
-        while node.calls:
-            to, fields, then = node.calls.pop(0)
+        fetches = [call for call in node.calls if call[1]["type"] == "fetch"]
+        while fetches:
+            node.calls.remove(fetches[0])
+            to, fields, then = fetches[0]
             source, after = self.nodes[to], fields["after"]
             have = [
                 (e.epoch, e.last) for e in source.log
@@ -167,6 +182,29 @@ class Trio:
             rows = [entry for entry in source.log if not have or entry.last > after[1]]
             answer = [have[-1] if have else None, rows]
             _answer_fetch(source.replica, source.replica.promised, after, then, answer, None)
+            fetches = [call for call in node.calls if call[1]["type"] == "fetch"]
+
+    def read_cuts(self, name: str) -> None:
+        """At the end of a turn: the disk answers who asks for what was cut, having forgotten what was told."""
+        node = self.nodes[name]
+        node.replica.cuts.tell_if_due()
+        for query, then in [item for item in node.asked if isinstance(item[0], CutsRead)]:
+            node.asked.remove((query, then))
+            node.cuts = [item for item in node.cuts if item[0] > query.told]
+            then([*node.cuts], None)
+
+    def tell_cuts(self, name: str) -> list[dict[str, Any]]:
+        """What a replica tells of its cuts reaches the primary. Returns the answers, which come when it is settled."""
+        node, answers = self.nodes[name], list[dict[str, Any]]()
+        for to, fields, then in [c for c in node.calls if c[1]["type"] == "rolled_back"]:
+            node.calls.remove((to, fields, then))
+
+            def reply(answer: dict[str, Any], then: Any = then) -> None:
+                answers.append(answer)
+                then(answer)
+
+            note(self[to], fields["entries"], reply)
+        return answers
 
     def settle(self) -> None:
         """Everybody hears everything, and every disk is done."""

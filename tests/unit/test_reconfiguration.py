@@ -13,6 +13,7 @@ from bus_kv.core.machine import (
     Publish,
     Received,
     Request,
+    Responded,
     StoreCas,
     Stored,
     StoreGet,
@@ -29,6 +30,7 @@ from bus_kv.protocol.shard_map import (
     Shard,
     ShardMap,
     ShardState,
+    from_document,
     shard_to_document,
     to_document,
 )  # fmt: skip
@@ -193,6 +195,16 @@ def test_a_stranded_member_leaves() -> None:
     assert next_roles(shard, map_of(shard), heard) == Roles((MEMBERS[0], MEMBERS[2]), "n1")
 
 
+def test_a_stranded_member_is_no_part_of_a_takeover() -> None:
+    """It is sealed, and could never take the opening entry: the shard would not be served again (found by a seed)."""
+    shard = shard_of()
+    heard = all_well(shard)
+    heard.silent.add("n1")
+    heard.beats["n2"].shards[0].status = "stranded"
+    heard.beats["n2"].shards[0].last = (1, 1)
+    assert next_roles(shard, map_of(shard), heard) == Roles((MEMBERS[2],), "n3")
+
+
 def test_a_smaller_replication_factor_lets_a_backup_go() -> None:
     shard = shard_of()
     roles = next_roles(shard, map_of(shard, factor=2), all_well(shard))
@@ -282,10 +294,10 @@ def test_all_shards_of_a_dead_node_change_hands_in_one_change_of_the_map() -> No
 class Coordinator:
     """An active coordinator over a map in which n1, the primary of s1, has just restarted."""
 
-    def __init__(self) -> None:
+    def __init__(self, knobs: Knobs | None = None) -> None:
         tokens = count()
         config = CoordinatorConfig("c1", Subjects("x"), lambda: f"token{next(tokens)}")
-        self.machine = CoordinatorMachine(config, Knobs())
+        self.machine = CoordinatorMachine(config, knobs or Knobs())
         self.now_ns = SECOND_NS
         self.map = map_of(shard_of(), nodes=3)
         self.machine.start(self.now_ns)
@@ -293,6 +305,9 @@ class Coordinator:
         cas = self.take(StoreCas)
         self.answer(cas, 1, cas.document)
         self.answer(self.take(StoreGet), 2, to_document(self.map))
+        self.beat()
+
+    def beat(self) -> None:
         statuses = {1: "restarted", 2: "following", 3: "following"}
         for node, status in statuses.items():
             body = encode_json(beat(node, shard_of(), status).to_wire())
@@ -354,6 +369,72 @@ def test_only_the_attempt_that_opened_becomes_active() -> None:
     heard.opened = {"s1": (5, "t5")}
     new = plan.next_map(old, heard, Knobs(), lambda: "w")
     assert new.shards["s1"].state is ShardState.ACTIVE
+
+
+# ---- attempts that come to nothing ----
+
+
+def answer_requests(coordinator: Coordinator, effects: list[Any], answers: dict[str, Any]) -> None:
+    """Answer the questions to these nodes."""
+    for effect in effects:
+        node = effect.subject.split(".")[2] if isinstance(effect, Request) else ""
+        if node in answers:
+            coordinator.step(Responded(effect.correlation, encode_cbor(answers[node])))
+
+
+def test_a_primary_that_cannot_get_the_longest_log_makes_way_for_who_has_it() -> None:
+    coordinator = Coordinator()
+    cas = coordinator.take(StoreCas)
+    record = cas.document["shards"]["s1"]
+    epoch, token, primary = record["epoch"], record["token"], record["primary"]
+    assert primary == "n1"
+    coordinator.answer(cas, 3, cas.document)
+    sealed = {"type": "sealed", "epoch": epoch, "token": token}
+    ends = {"n1": {**sealed, "last": [5, 10]}, "n3": {**sealed, "last": [5, 3000]}}
+    answer_requests(coordinator, coordinator.effects(), ends)
+    refusal = {"type": "refused", "reason": "trimmed", "unreached": [epoch, token]}
+    answer_requests(coordinator, coordinator.effects(), {"n1": refusal})
+    again = coordinator.take(StoreCas).document["shards"]["s1"]
+    assert (again["epoch"], again["primary"]) == (epoch + 1, "n3")
+
+
+def test_a_new_primary_says_at_once_that_the_longest_log_begins_too_far_behind() -> None:
+    node = NodeMachine(NodeConfig("n2", "i2", (1, "r"), Subjects("x"), 1 << 20), Knobs())
+    node.new_replica(shard_of()).promise(5, "t5")
+    record = plan.reconfigured(shard_of(), Roles(MEMBERS[:3], "n2"), 6, "t6")
+    message = {
+        "type": "open", "record": shard_to_document(record), "best": (5, 9), "source": ["n1", "i1"]
+    }  # fmt: skip
+    node.step(Received("node", "n2", encode_cbor(message), "reply"), SECOND_NS)
+    effects = node.take_ready(SECOND_NS).effects
+    [question] = [effect for effect in effects if isinstance(effect, Request)]
+    trimmed = encode_cbor({"type": "trimmed"})
+    node.step(Responded(question.correlation, trimmed), SECOND_NS)
+    [refusal] = replies(node.take_ready(SECOND_NS).effects)
+    assert (refusal["type"], refusal["unreached"]) == ("refused", [6, "t6"])
+
+
+def test_the_record_stays_small_while_nodes_beat_and_never_answer() -> None:
+    """For a day: attempts follow one another ever more slowly."""
+    coordinator = Coordinator(Knobs(heartbeat_interval_s=60.0))
+    begun: list[int] = []
+    while coordinator.now_ns < 24 * 3600 * SECOND_NS:
+        while effects := coordinator.effects():
+            for effect in effects:
+                if isinstance(effect, StoreCas) and effect.key == "map":
+                    begun.append(coordinator.now_ns)
+                    coordinator.map = from_document(effect.document)
+                    coordinator.answer(effect, 3 + len(begun), effect.document)
+                elif isinstance(effect, StoreCas):
+                    coordinator.answer(effect, 3, effect.document)
+                elif isinstance(effect, StoreGet):
+                    coordinator.answer(effect, 3 + len(begun), to_document(coordinator.map))
+        coordinator.pass_ms(60_000)
+        coordinator.beat()
+    attempts = coordinator.map.shards["s1"].attempts
+    assert len(attempts) == len(begun) - 1
+    assert begun[1] - begun[0] <= 60 * SECOND_NS
+    assert len(attempts) < 40
 
 
 # ---- R1: the report of a seal ----

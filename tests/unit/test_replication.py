@@ -318,6 +318,30 @@ def test_a_restarted_primary_does_not_resume(trio: Trio) -> None:
         trio.open(trio.shard)
 
 
+@pytest.mark.parametrize("primary", ["n1", "n2"])
+def test_a_write_that_was_everywhere_stays_so_when_a_member_is_replaced(primary: str) -> None:
+    trio = Trio()
+    for node in trio.nodes.values():
+        node.replica.members_for_all = 3
+    trio.serve()
+    trio.put("n1", b"k", b"1")
+    trio.settle()
+    assert trio["n1"].fate((1, 2)) == "all"
+    trio[primary].promise(2, "t2")
+    shard = trio.record(primary, "n1", "n2", epoch=2)  # n3 is lost, its successor has nothing yet
+    trio.open(shard)
+    trio.fsync(primary)
+    other = "n2" if primary == "n1" else "n1"
+    trio.deliver(trio.remind(primary), other)
+    trio.fsync(other)
+    trio.answer(other)
+    trio.activate(shard)
+    trio.put(primary, b"k", b"2")
+    trio.settle()
+    assert trio[primary].fate((1, 2)) == "all"
+    assert trio[primary].fate((2, 4)) == "quorum"
+
+
 def test_a_repeat_shares_the_fate_of_the_first_while_that_is_uncommitted(trio: Trio) -> None:
     first = trio.put("n1", b"k", b"1", client="c", numbers=[7])
     again = trio.put("n1", b"k", b"1", client="c", numbers=[7])

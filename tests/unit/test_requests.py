@@ -27,6 +27,7 @@ from bus_kv.protocol.requests import (
     parse_request_id,
     prefix_end,
 )  # fmt: skip
+from bus_kv.protocol.shard_map import Member, Shard, ShardState
 from bus_kv.protocol.sizes import Sizes
 from bus_kv.subjects import Subjects
 from nodes.machine.node import NodeConfig, NodeMachine
@@ -170,3 +171,21 @@ def test_a_node_that_does_not_serve_a_shard_says_so() -> None:
     assert (fields["code"], fields["retry"]) == ("NOT_PRIMARY", True)
     assert answer.headers is not None
     assert answer.headers["Nats-Service-Error-Code"] == "421"
+
+
+@pytest.mark.parametrize(("epoch", "code"), [(1, "NOT_PRIMARY"), (2, "OUTCOME_UNKNOWN")])
+def test_a_former_primary_refuses_only_what_is_of_its_epoch_for_good(epoch: int, code: str) -> None:
+    """It hears for a moment longer what is for the next one, which may do it (found by a seed)."""
+    node = NodeMachine(NodeConfig("n1", "i1", (1, "run"), Subjects(), 1 << 20), Knobs())
+    record = Shard(
+        "s1", "default", b"", None, 1, "t1", (Member("n1", "i1"),), "n1", ShardState.RECOVERING
+    )
+    replica = node.new_replica(record)
+    replica.promise(1, "t1")
+    replica.open(record, 0)
+    replica.step_down("another configuration is active")
+    node.take_ready(0)
+    body = encode_cbor({"epoch": epoch, "ops": [{"op": "put", "key": b"a", "value": b"1"}]})
+    node.step(Received("shard", "s1", body, reply="inbox"), 0)
+    (answer,) = [e for e in node.take_ready(0).effects if isinstance(e, Publish)]
+    assert decode_cbor(answer.body)["code"] == code

@@ -6,12 +6,15 @@ from dataclasses import asdict, replace
 from typing import Any
 from zlib import crc32
 
-from bus_kv.core.machine import Mark
+import pytest
+
+from bus_kv.core.machine import Answered, AppendCompleted, Load, Mark
 from bus_kv.knobs import SECOND_NS, Knobs
 from bus_kv.protocol.shard_map import Keyspace, Member, Shard, ShardMap, ShardState
 from bus_kv.subjects import Subjects
 from nodes.machine.node import NodeConfig, NodeMachine
 from nodes.machine.status import Status
+from tests.support.trio import Trio
 
 A, B, C = Member("a", "i"), Member("b", "i"), Member("c", "i")
 SHARD = Shard("s1", "default", b"", None, 1, "t1", (A, B), "a", ShardState.ACTIVE, learners=(C,))
@@ -71,3 +74,48 @@ def test_in_the_next_epoch_the_new_primary_is_asked() -> None:
     learner.node.snapshots.start(learner.node.replicas["s1"], B)
     assert learner.calls[-1][0] == "b"
     assert learner.calls[-1][1]["place"] is None, "from the beginning"
+
+
+def test_a_learner_begins_anew_after_a_chunk_that_its_disk_refuses() -> None:
+    learner = Learner()
+    learner.ask_for_snapshot()(chunk())
+    node = learner.node
+    append = node.take_ready(node.now_ns).append
+    assert append is not None
+    node.step(AppendCompleted(append.ticket), node.now_ns)
+    loads = loads_in(node)
+    assert [load.table for load in loads] == [""]
+    node.step(Answered(loads[0].ticket), node.now_ns)
+    loads = loads_in(node)
+    assert [load.table for load in loads] == ["kv"]
+    node.step(Answered(loads[0].ticket, failure="a key is there twice"), node.now_ns)
+    assert [(load.table, load.mark) for load in loads_in(node)] == [("", None)]
+    learner.ask_for_snapshot()
+    assert node.replicas["s1"].is_learner
+
+
+@pytest.mark.parametrize("base_seq", [2, 0])
+def test_after_a_restart_a_snapshot_is_not_read_before_the_log_has_filled_its_holes(
+    base_seq: int,
+) -> None:
+    trio = Trio()
+    trio.serve()
+    for key in (b"a", b"b", b"c"):
+        trio.put("n1", key, b"1")
+        trio.settle()
+    node = trio.nodes["n3"]
+    assert node.row is not None
+    node.row = replace(node.row, base_seq=base_seq)
+    node.log = node.log[:3]
+    trio.restart("n3")
+    assert trio["n3"].is_whole is not bool(base_seq)
+    trio.deliver(trio.remind("n1"), "n3")
+    assert trio["n3"].status is Status.FOLLOWING
+    assert trio["n3"].is_whole is not bool(base_seq)
+    trio.settle()
+    assert trio["n3"].commit_seq == 4
+    assert trio["n3"].is_whole
+
+
+def loads_in(node: NodeMachine) -> list[Load]:
+    return [effect for effect in node.take_ready(node.now_ns).effects if isinstance(effect, Load)]

@@ -120,3 +120,20 @@ def test_a_snapshot_that_did_not_end_leaves_nothing(source: State, tmp_path: Pat
     assert again.contents("s1").kv == {}
     assert again.store.marks()["s1"] == Mark()
     again.store.close()
+
+
+def test_a_chunk_that_cannot_be_written_is_refused_and_the_snapshot_begins_anew(
+    source: State, target: State
+) -> None:
+    writer = RandomWriter(seed=2)
+    for _ in range(5):
+        source.do(writer.next_fold())
+    last = writer.on_disk.mark.last
+    _, chunk, _ = source.ask(SnapshotRead(1, "s1", last, None, CHUNK_BYTES))
+    assert target.do(Load(1, "s1", "default", "", b"")).failure is None
+    assert target.do(Load(2, "s1", "default", "kv", chunk)).failure is None
+    for table, bad in (("kv", chunk), ("kv", b"no rows"), ("no table", chunk), ("oplog", chunk)):
+        assert target.do(Load(3, "s1", "default", table, bad)).failure
+    transfer(source, target, writer.on_disk.mark)
+    assert target.contents("s1") == writer.on_disk
+    assert target.failures.empty()
