@@ -85,6 +85,8 @@ class CoordinatorMachine:
         self._revision = 0
         self._map_is_old = False
         """A node has seen a newer one, or it is some time ago that it was read."""
+        self._looked_for = 0
+        """The newest version for which the map was read again because a node has seen it."""
         self._read_ns = 0
         """When the store last said what it holds."""
         self._detector = Detector(knobs, settings_of(ShardMap(), knobs))
@@ -205,8 +207,11 @@ class CoordinatorMachine:
             self._first_node_ns = self._first_node_ns or self.now_ns
         if self.lease.active:
             self._announce_again(beat)
-            if self.map is not None and beat.map_version > self.map.map_version:
-                self._map_is_old = True
+            if self.map is not None and beat.map_version > max(
+                self.map.map_version, self._looked_for
+            ):
+                # Once: a store that has forgotten this version does not find it again by being asked.
+                self._map_is_old, self._looked_for = True, beat.map_version
 
     def _announce_again(self, beat: Heartbeat) -> None:
         """A primary that has opened and does not know that its record is ACTIVE is told once more."""
@@ -421,6 +426,8 @@ class CoordinatorMachine:
         old, wanted, self._wanted = self.map, self._wanted, None
         self.map = map
         self._follow_settings(map)
+        if old is None or old.map_version != map.map_version:
+            self._timers.start("ask", self.now_ns)
         for id, shard in map.shards.items():
             if old is None or id not in old.shards or old.shards[id].epoch != shard.epoch:
                 self._heard.since_ns[id] = self.now_ns
@@ -460,7 +467,6 @@ class CoordinatorMachine:
         self._heard.auto_failover = self._detector.settings.auto_failover
         if map.settings == self._heard.cluster_settings:
             self._heard.cluster_settings = None
-        self._timers.start("ask", self.now_ns)
 
     def _announce(self, old: ShardMap, new: ShardMap) -> None:
         body = encode_json(delta(old, new))
