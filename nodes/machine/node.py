@@ -33,10 +33,7 @@ from bus_kv.core.machine import (
     Subscribe,
 )  # fmt: skip
 from bus_kv.core.timers import Timers
-from bus_kv.errors import (
-    BusKVError,
-    ValueTooLarge,
-)  # fmt: skip
+from bus_kv.errors import BusKVError, ValueTooLarge
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol.codec import (
     Codec,
