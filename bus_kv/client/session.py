@@ -433,9 +433,11 @@ class Session:
         if now_ns - lane.answered_ns < patience_ns:
             sent.suspect_ns = lane.answered_ns + patience_ns  # busy with others: not silent
             return None
-        sent.suspected = lane.suspected = True
-        # Sent again soon: it may have come to a frozen node alone, before the next primary listened.
-        sent.give_up_ns = min(sent.give_up_ns, now_ns + patience_ns)
+        sent.suspected = True
+        if lane.consistency != "all":  # else it may be another member that is waited for
+            lane.suspected = True
+            # Sent again soon: it may have come to a frozen node alone, before the next primary listened.
+            sent.give_up_ns = min(sent.give_up_ns, now_ns + patience_ns)
         reason = f"no answer for {self._knobs.suspect_after_ms} ms"
         return self._suspect(lane.shard, reason, now_ns)
 

@@ -533,16 +533,17 @@ class Gateway:
         if now_ns - answered_ns < patience_ns:
             # It is busy with others: not silent.
             return self._wake(correlation, answered_ns + patience_ns, part)
-        if part.suspected and part.batch is not None:
+        if part.suspected:
             # It may have come to a frozen node alone, before the next primary listened.
             part.suspected = False
             return self._route_again(correlation, part, now_ns)
-        if not part.suspected:
-            part.suspected = True
-            self.circuit.fail(part.node, now_ns)
-            self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
-        again_ns = part.deadline_ns if part.batch is None else now_ns + patience_ns
-        return self._wake(correlation, again_ns, part)
+        part.suspected = True
+        self._node.suspect(part.shard, f"no answer for {self._knobs.suspect_after_ms} ms")
+        if part.batch is None or part.call.request.consistency == "all":
+            # A page takes its time, and at ALL it may be another member that is waited for.
+            return self._wake(correlation, part.deadline_ns, part)
+        self.circuit.fail(part.node, now_ns)
+        return self._wake(correlation, now_ns + patience_ns, part)
 
     def on_map(self, now_ns: int) -> None:
         """The map changed: parts that wait, and those that nobody answers, are soon routed again."""
