@@ -39,7 +39,10 @@ _HOLD_S_MAX = 3.0
 """A fault lasts up to this much longer than writes need to be accepted again."""
 _PERCENTILES = {"p50": 50, "p99": 99, "max": 100}
 _LOG_PAGE_ROWS = 4000
-_COPY = "SELECT count(*), sum(hash(epoch, seq, op, key, value, request_id)) FROM oplog"
+_COPY = (
+    "SELECT count(*), sum(hash(epoch, seq, op, key, value, request_id)) FROM oplog "
+    "WHERE outcome <> 'rolled_back'"
+)
 _HISTORIES = 8
 """Keys whose history is read, too."""
 
@@ -268,13 +271,13 @@ async def _transfer(db: Client, node: str) -> None:
 
 
 async def _read_log(db: Client) -> list[Logged]:
-    """All of the operation log, in pages that fit into a message."""
+    """All of the operation log that holds, in pages that fit into a message."""
     log: list[Logged] = []
     while True:
         after = log[-1].version[1] if log else 0
         page = await db.sql(
             "SELECT epoch, seq, op, key, value, client, request_id FROM oplog "
-            f"WHERE seq > {after} ORDER BY seq LIMIT {_LOG_PAGE_ROWS}"
+            f"WHERE seq > {after} AND outcome <> 'rolled_back' ORDER BY seq LIMIT {_LOG_PAGE_ROWS}"
         )
         log += [Logged((row[0], row[1]), *row[2:]) for row in page.rows]
         if len(page.rows) < _LOG_PAGE_ROWS:
