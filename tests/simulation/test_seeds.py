@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -109,14 +110,13 @@ def log_cut_before_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mark_behind_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold carries the mark of the one before: after a crash its operations are replayed once more."""
-    fold = Folder._fold
+    take = Folder._take
 
-    def late(self: Folder) -> None:
-        end, self._end = self._end, self.mark
-        fold(self)
-        self._end = end
+    def late(self: Folder) -> Any:
+        taken, size = take(self)
+        return [*taken[:-1], replace(taken[-1], end=self.mark)], size
 
-    monkeypatch.setattr(Folder, "_fold", late)
+    monkeypatch.setattr(Folder, "_take", late)
 
 
 def loaded_records_replace_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
