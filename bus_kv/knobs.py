@@ -104,6 +104,8 @@ class Knobs:
     """How long the operation log is kept."""
     oplog_keep_mb: int = 16 << 10
     """And how much of it, in megabytes of keys and values."""
+    checkpoint_interval_s: float = 300.0
+    """The state is checkpointed at least this often; until then the log keeps what came since the last time."""
     log_keep_bytes: int = 64 << 20
     """Entries that the log keeps per shard although the state has them, for whoever has to catch up."""
     log_bytes_max: int = 1 << 30

@@ -77,7 +77,7 @@ def _open_state(options: NodeOptions, node_log: NodeLog) -> StateStore:
         options.data, node_log.incarnation, memory_mb=knobs.duckdb_memory_mb,
         oplog_keep_s=knobs.oplog_keep_s, oplog_keep_bytes=knobs.oplog_keep_mb << 20,
         dedup_window_ms=knobs.dedup_window_ms, clients_max=knobs.dedup_clients_max,
-        goes_on=partial(_goes_on, node_log),
+        checkpoint_interval_s=knobs.checkpoint_interval_s, goes_on=partial(_goes_on, node_log),
     )  # fmt: skip
 
 

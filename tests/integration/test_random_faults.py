@@ -18,7 +18,7 @@ ALL_OF_IT = 1 << 30
 KNOBS: list[dict[str, Any]] = [
     {"log_keep_bytes": ALL_OF_IT},
     # Who was away finds no log any more that goes on where its own ends.
-    {"log_keep_bytes": 1, "log_bytes_max": 50_000, "fold_interval_ms": 20},
+    {"log_keep_bytes": 1, "checkpoint_interval_s": 0.05, "fold_interval_ms": 20},
 ]
 
 
