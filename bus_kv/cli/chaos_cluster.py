@@ -15,7 +15,6 @@ from bus_kv.cli.chaos_link import Link
 from bus_kv.cli.local_cluster import COORDINATOR, ClusterError, LocalCluster
 from bus_kv.errors import BusKVError
 from bus_kv.runtime.connection import ConnectOptions
-from bus_kv.runtime.jetstream_kv import create_bucket
 from bus_kv.runtime.nats_bus import BusError, NatsBus
 from bus_kv.runtime.nats_server import NatsCluster, NatsServer, NatsServerError
 from bus_kv.subjects import Subjects
@@ -33,7 +32,6 @@ FAILURES = (ClusterError, BusKVError, BusError, NatsServerError, TimeoutError)
 """What can go wrong once a cluster runs: a finding, not the end of the run."""
 SHARD = "s1"
 """A fresh cluster has one."""
-_READY_BUCKET = "chaos"
 _POLL_S = 0.05
 _ASK_S = 2.0
 _LEADER_DEADLINE_S = 20.0
@@ -79,9 +77,6 @@ class ChaosCluster(LocalCluster):
             await self._start_server(server)
         urls = tuple(server.url for server in self._servers)
         self._connection = ConnectOptions(servers=urls, root=self._root)
-        if len(urls) > 1:
-            # A coordinator gives up on a cluster of servers that has not elected a leader yet.
-            await create_bucket(self.connection, _READY_BUCKET, len(urls))
         for node in self.node_ids if self._has_links else ():
             address = urlsplit(urls[0])
             self.links[node] = Link(address.hostname or "", address.port or 0)

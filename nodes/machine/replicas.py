@@ -19,8 +19,8 @@ class Replicas:
         self._held: dict[str, Replica] = {}
         self._touched: set[str] = set()
         """To be looked at in this turn."""
-        self._unplanned: set[str] = set()
-        """Whose next deadline is to be asked for again."""
+        self._unplanned: dict[str, None] = {}
+        """Whose next deadline is to be asked for again: those touched, and those looked at since it was."""
         self._deadlines_ns: dict[str, int] = {}
 
     def put(self, replica: Replica) -> None:
@@ -38,7 +38,7 @@ class Replicas:
     def touch(self, shard: str) -> None:
         """Something has come for this replica, or it is about to be changed."""
         self._touched.add(shard)
-        self._unplanned.add(shard)
+        self._unplanned[shard] = None
 
     def values(self) -> ValuesView[Replica]:
         """All of them, to be read only."""
@@ -60,12 +60,12 @@ class Replicas:
     def take_touched(self) -> list[Replica]:
         """Those that this turn has to look at."""
         touched, self._touched = self._touched, set()
-        self._unplanned |= touched
         return [replica for shard, replica in self._held.items() if shard in touched]
 
     def next_deadline_ns(self) -> int | None:
         """When the next of them has to be looked at although nothing has come for it."""
-        unplanned, self._unplanned = self._unplanned, {*self._touched}
+        unplanned, touched = self._unplanned, self._touched
+        self._unplanned = {shard: None for shard in unplanned if shard in touched}
         for shard in unplanned:
             deadline_ns = self._held[shard].next_deadline_ns()
             if deadline_ns is None:

@@ -1,13 +1,16 @@
 """Real servers with our configurations: nats.conf, and the development one for each version."""
 
+import contextlib
 import re
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
+from nats.errors import NoRespondersError
 
 from bus_kv.runtime.nats_server import (
+    NatsCluster,
     NatsServer,
     NatsServerError,
     NatsServerMissing,
@@ -15,6 +18,8 @@ from bus_kv.runtime.nats_server import (
     next_free_port,
     server_version,
 )
+from bus_kv.subjects import Subjects
+from tests.support.cluster import Cluster, decode, until
 from tests.support.nats import container_nats, greeting
 
 NATS_CONF = Path(__file__).parents[2] / "nats.conf"
@@ -127,3 +132,43 @@ def test_the_next_free_port_is_past_a_taken_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert next_free_port(port) > port
+
+
+async def test_a_coordinator_waits_for_the_other_servers_of_its_nats(
+    nats_binary: Path, tmp_path: Path
+) -> None:
+    """The map's bucket has three replicas, although there was one server when the coordinator came."""
+    servers = NatsCluster(tmp_path)
+    first, *others = servers.servers
+    await first.start()
+    try:
+        cluster = Cluster(first.url, "late", tmp_path, {})
+        await cluster.open()
+        try:
+            cluster.start_coordinator()
+
+            async def has_begun() -> bool:
+                return cluster.has_handlers("c1")
+
+            await until(has_begun)
+            for server in others:
+                await server.start()
+            assert await _replicas_of_map(cluster) == 3
+        finally:
+            await cluster.close()
+    finally:
+        await servers.stop()
+
+
+async def _replicas_of_map(cluster: Cluster) -> int:
+    replicas: list[int] = []
+
+    async def is_there() -> bool:
+        with contextlib.suppress(NoRespondersError, TimeoutError):
+            asked = f"$JS.API.STREAM.INFO.KV_{Subjects(cluster.root).bucket}"
+            info = decode((await cluster.bus.client.request(asked, b"", timeout=2)).data)
+            replicas[:] = [info["config"]["num_replicas"]] if "config" in info else []
+        return bool(replicas)
+
+    await until(is_there, deadline_s=40)
+    return replicas[0]

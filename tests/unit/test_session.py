@@ -78,6 +78,27 @@ def level_of(request: Request) -> str:
     return decode_batch(decode_cbor(request.body)["batch"]).consistency
 
 
+# ---- a primary that is silent ----
+
+
+@pytest.mark.parametrize("level", ["quorum", "all"])
+def test_only_at_all_is_silence_no_reason_to_send_again_soon(level: str) -> None:
+    """It may be another member that is waited for: the primary will say so in its time."""
+    client, knobs = Client(), Knobs()
+    client.session.submit(b.PUT, b"k", b"v", "put", client.now_ns, consistency=level)
+    (sent,) = client.sent()
+    assert client.later(knobs.suspect_after_ms) == []
+    assert len(client.said) == 1, "it is suspected"
+    client.later(knobs.suspect_after_ms)
+    again = client.later(knobs.suspect_after_ms)
+    assert len(again) == (level == "quorum")
+    assert client.outcomes == []
+    reply = BatchReply(bytes([b.CREATED]), 3, [42])
+    client.answer(again[0] if again else sent, {"batch": reply.to_wire()})
+    (receipt,) = client.outcomes
+    assert receipt.version == (3, 42)
+
+
 # ---- gets at ONE ----
 
 
