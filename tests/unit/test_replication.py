@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from bus_kv.core.machine import EntryRow
 from bus_kv.errors import BusKVError, ShardUnavailable
 from bus_kv.protocol.batch import BatchReply
+from bus_kv.protocol.entry import Entry
+from nodes.machine.control import _answer_fetch
 from nodes.machine.status import Status
 from tests.simulation import test_planted_replication as planted
 from tests.support.trio import Trio
@@ -410,3 +413,20 @@ def test_a_broken_rule_makes_its_story_fail(
     plant(monkeypatch)
     with pytest.raises((AssertionError, ValueError, KeyError, pytest.fail.Exception)):
         story(three)
+
+
+# ---- logs that begin later ----
+
+
+@pytest.mark.parametrize(
+    ("begins", "expected"), [((3, 9), "trimmed"), ((4, 3), "trimmed"), ((2, 3), "elsewhere")]
+)
+def test_a_log_that_begins_behind_what_is_asked_for_is_trimmed(
+    trio: Trio, begins: tuple[int, int], expected: str
+) -> None:
+    """Also in a later epoch at a lower seq: "elsewhere" would be asked for ever."""
+    replica, answers = trio["n1"], list[dict[str, Any]]()
+    body = Entry("s1", begins[0], begins[1] + 1, begins[1] + 1, begins, 0).encode()
+    rows = [None, [EntryRow("s1", begins[1] + 1, begins[0], body)]]
+    _answer_fetch(replica, replica.promised, (3, 5), answers.append, rows, None)
+    assert [answer["type"] for answer in answers] == [expected]
