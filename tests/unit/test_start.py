@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bus_kv.core.machine import Append, AppendCompleted, EntryRow, Mark, ReplicaRow
+from bus_kv.core.machine import Append, AppendCompleted, CutRow, EntryRow, Mark, ReplicaRow
 from bus_kv.protocol.entry import Entry
 from nodes.host import _goes_on
 from nodes.log import NodeLog
@@ -24,7 +24,7 @@ def fill(log: NodeLog, *, first: int, last: int, base_seq: int = 0) -> None:
     """A replica whose log has the entries `first` … `last`, of one operation each."""
     done: queue.Queue[Any] = queue.Queue()
     log.start(done.put, done.put)
-    rows = [
+    rows: list[EntryRow | CutRow] = [
         EntryRow("s1", seq, 1, Entry("s1", 1, seq, seq, (1, seq - 1), 0).encode())
         for seq in range(first, last + 1)
     ]
