@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from bus_kv.core.machine import Answered, Fold, Mark
+from bus_kv.core.machine import Answered, Fold, Mark, Trim
 from bus_kv.knobs import Knobs
 from bus_kv.protocol.batch import DELETE, Batch
 from nodes.machine.folder import FOLD_MEMORY_SHARE, Folder
@@ -108,3 +108,39 @@ def test_a_barrier_waits_for_the_last_of_them() -> None:
         assert passed == []
         item[1]([], None)
     assert passed == ["passed"]
+
+
+# ---- what the log may forget ----
+
+
+def folded_log(**knobs: int) -> Folder:
+    """Three entries of ten bytes each, all of them in the state and on every replica."""
+    table = Table(Mark(), 1 << 20)
+    asked: list[tuple[Fold, Any]] = []
+    folder = Folder(
+        "s1", "default", Mark(), table, Lifetimes(all_known=True), Knobs(log_keep_bytes=0, **knobs),
+        lambda query, then: asked.append((query, then)),
+    )  # fmt: skip
+    for seq in (1, 2, 3):
+        folder.add([], [], {}, Mark(1, seq), 10, 0)
+    folder.fold_if_due(1 << 62)
+    [(_, then)] = asked
+    then([], None)
+    return folder
+
+
+def test_what_no_checkpoint_has_stays_in_the_log() -> None:
+    folder = folded_log()
+    assert folder.trim(others_have=3) is None
+    folder.checkpointed = 2
+    assert folder.trim(others_have=3) == Trim("s1", 2)
+
+
+def test_what_another_replica_lacks_stays_in_the_log() -> None:
+    folder = folded_log()
+    folder.checkpointed = 3
+    assert folder.trim(others_have=1) == Trim("s1", 1)
+
+
+def test_a_very_long_log_is_trimmed_behind_the_fold() -> None:
+    assert folded_log(log_bytes_max=10).trim(others_have=0) == Trim("s1", 2)
