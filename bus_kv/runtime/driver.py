@@ -24,6 +24,7 @@ from bus_kv.core.machine import (
     Trim,
     turn,
 )  # fmt: skip
+from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.runtime.nats_bus import BusError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from bus_kv.core.machine import Append, Event, Fold, Machine, Query
     from bus_kv.runtime.clock import Clock
     from bus_kv.runtime.nats_bus import MapStore, NatsBus, Subscription
+
+LATE_NS = 50 * MILLISECOND_NS
+LATE_PAUSE_S = 0.002
 
 
 class Log(Protocol):
@@ -154,6 +158,9 @@ class Driver:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+            if deadline_ns is not None and self._clock.now_ns() - deadline_ns > LATE_NS:
+                # This process was held up. Answers wait in its socket: they are heard before anybody is called silent.
+                await asyncio.sleep(LATE_PAUSE_S)
         self._wake.clear()
 
     async def _perform(self, effect: Any) -> None:

@@ -93,6 +93,7 @@ class CoordinatorMachine:
         self._heard = Heard(
             silent=self._detector.down, unproven=self._detector.unproven,
             held=self._detector.held, heard_ns=self._detector.heard_ns,
+            fell_ns=self._detector.fell_ns,
         )  # fmt: skip
         self._failovers = Failovers(config.id)
         self._attempts: dict[str, Attempt] = {}

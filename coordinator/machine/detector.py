@@ -96,6 +96,11 @@ class Detector:
         seen = self._seen.get(node)
         return seen.heard_ns if seen else 0
 
+    def fell_ns(self, node: str) -> int:
+        """When it went down last; 0 never."""
+        outage = self.outages.get(node)
+        return outage.at_ns if outage else 0
+
     # ---- signs of life ----
 
     def expect(self, node: str, now_ns: int) -> None:

@@ -46,6 +46,8 @@ class Heard:
     """Nodes that go down again and again: they are given nothing new to learn for now."""
     heard_ns: Callable[[str], int] = lambda _: 0
     """When a node gave a sign of life last."""
+    fell_ns: Callable[[str], int] = lambda _: 0
+    """When a node went down last."""
     since_ns: dict[str, int] = field(default_factory=dict)
     """Shard -> when this coordinator saw its epoch begin."""
     auto_failover: bool = True

@@ -121,12 +121,25 @@ def _is_fit(shard: Shard, member: Member, heard: Heard) -> bool:
 
 
 def _without_the_lost(shard: Shard, heard: Heard) -> Roles | None:
-    """A member that is down leaves, and comes back as a learner."""
+    """A member that is down leaves, and comes back as a learner.
+
+    Not before all others are heard again: without a majority the shard would be sealed and nobody could open it, so not
+    even gets at ONE would be answered.
+    """
     members = tuple(m for m in shard.members if _is_fit(shard, m, heard))
     n = len(shard.members)
-    if len(members) < n - shard.quorum + 1:
+    if len(members) < n - shard.quorum + 1 or _awaited(shard, heard):
         return None
     return Roles(members, shard.primary, _there(shard.learners, heard))
+
+
+def _awaited(shard: Shard, heard: Heard) -> set[str]:
+    """Members that may have died with those that are down, as they were not heard since."""
+    down = [m.node for m in (*shard.members, *shard.learners) if m.node in heard.silent]
+    fell_ns = max(map(heard.fell_ns, down), default=0)
+    return {
+        m.node for m in shard.members if heard.hears(m) and heard.heard_ns(m.node) < fell_ns
+    }  # fmt: skip
 
 
 def _grow(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
@@ -156,11 +169,12 @@ def _grow(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
 
 
 def whom_to_ask(map: ShardMap, heard: Heard) -> set[str]:
-    """Nodes whose next heartbeat somebody waits for: learners and their primaries, and spares that were not heard."""
+    """Nodes whose next heartbeat somebody waits for: learners and their primaries, and whoever was not heard lately."""
     nodes: set[str] = set()
     for shard in map.shards.values():
         if shard.state is not ShardState.ACTIVE:
             continue
+        nodes |= _awaited(shard, heard)
         if shard.learners:
             nodes |= {shard.primary, *(m.node for m in shard.learners)}
         elif len(shard.members) < map.keyspaces[shard.keyspace].replication_factor:

@@ -5,7 +5,7 @@ import pytest
 from bus_kv.protocol.messages import Heartbeat, ReplicaReport
 from bus_kv.protocol.shard_map import Keyspace, Member, Node, NodeState, Shard, ShardMap, ShardState
 from coordinator.machine.plan import Heard
-from coordinator.machine.roles import Roles, next_roles
+from coordinator.machine.roles import Roles, next_roles, whom_to_ask
 
 N1, N2 = Member("n1", "i1"), Member("n2", "i2")
 EPOCH, TOKEN = 5, "t"
@@ -36,3 +36,18 @@ def test_a_learner_becomes_a_member_once_its_log_has_joined_the_primarys(
     map = ShardMap(1, EPOCH, "", {"default": Keyspace()}, {"s1": shard}, nodes)
     roles = next_roles(shard, map, heard(n1=(5, 900), n2=last))
     assert roles == (Roles((N1, N2), "n1") if joins else None)
+
+
+def test_a_member_that_is_down_leaves_once_all_others_were_heard_since() -> None:
+    """They may have died together: then nobody could open another epoch, and this one would be sealed for nothing."""
+    n3 = Member("n3", "i3")
+    shard = Shard("s1", "default", b"", None, EPOCH, TOKEN, (N1, N2, n3), "n1", ShardState.ACTIVE)
+    nodes = {m.node: Node(m.node, m.incarnation, NodeState.UP) for m in shard.members}
+    map = ShardMap(1, EPOCH, "", {"default": Keyspace()}, {"s1": shard}, nodes)
+    known = heard(n1=(5, 9), n2=(5, 9), n3=(5, 9))
+    heard_ns = {"n1": 120, "n2": 50, "n3": 90}
+    known.silent, known.fell_ns, known.heard_ns = {"n2"}, lambda _: 100, heard_ns.__getitem__
+    assert (next_roles(shard, map, known), whom_to_ask(map, known)) == (None, {"n3"})
+    heard_ns["n3"] = 110
+    assert next_roles(shard, map, known) == Roles((N1, n3), "n1")
+    assert whom_to_ask(map, known) == set()
