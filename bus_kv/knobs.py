@@ -120,6 +120,8 @@ class Knobs:
     """An unanswered question for a chunk of a snapshot is asked again after this."""
     snapshot_bytes_per_s: int = 32 << 20
     """A learner takes a snapshot no faster than this."""
+    wipe_after_s: float = 600.0
+    """A node that has left a shard whose members are complete without it keeps its copy so long: it may come back."""
     expire_batch_operations_max: int = 1000
     """Expirations written in one turn, so that a mass expiry does not delay requests."""
 

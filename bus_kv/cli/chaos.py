@@ -35,6 +35,7 @@ async def chaos(
     operations: Annotated[int, typer.Option(min=100, help="per fault, at least")] = 100_000,
     times: Annotated[int, typer.Option(min=1, help="how often each fault strikes")] = 3,
     keys: Annotated[int, typer.Option(min=1, max=999, help="hot keys")] = 64,
+    shards: Annotated[int, typer.Option(min=1, max=999, help="that the keys lie in")] = 1,
     seed: Annotated[int | None, typer.Option(help="of the schedule; else a new one")] = None,
     report: Annotated[Path, typer.Option(help="the report is kept here, as JSON")] = Path(
         "chaos-report.json"
@@ -53,8 +54,8 @@ async def chaos(
     QUORUM and ALL, with and without conditions), delete and read a few hot keys, strikes by a seeded
     schedule, and waits each time until all is whole again. Then it checks that every key's history
     is linearizable, that no acknowledged write is lost and that every request was applied once.
-    "accepted" is the time from the strike until writes were accepted again, "standstill" the
-    longest time without an accepted write. After a violation the exit code is 1 and the cluster's
+    "accepted" is the time from the strike until writes were accepted again in every shard,
+    "standstill" the longest time without an accepted write. After a violation the exit code is 1 and the cluster's
     data are kept beside the history.
 
     Faults: kill-primary, kill-backup, kill-coordinator, kill-primary-and-coordinator, kill-all,
@@ -65,6 +66,7 @@ async def chaos(
     100 ms more; needs strace).
 
     - `bus-kv chaos --fault kill-primary --times 50`
+    - `bus-kv chaos --fault kill-primary --times 10 --shards 200 --keys 200`
     - `bus-kv chaos --operations 5000 --times 1 --knob heartbeat_interval_s=0.5`
     - `bus-kv chaos --seed 7 --report seven.json`
     """
@@ -74,12 +76,17 @@ async def chaos(
     faults = _faults(fault)
     _stop_on_sigterm()
     plan = Plan(
-        operations, times, keys, secrets.randbelow(1 << 32) if seed is None else seed, _knobs(knob)
+        operations,
+        times,
+        keys,
+        shards,
+        secrets.randbelow(1 << 32) if seed is None else seed,
+        _knobs(knob),
     )
     call.out.note(f"seed {plan.seed}; {len(faults)} fault(s), {times} strike(s) each")
     document: dict[str, Any] = {
         "seed": plan.seed, "operations": operations, "times": times, "keys": keys,
-        "knobs": dict(plan.knobs), "faults": [],
+        "shards": shards, "knobs": dict(plan.knobs), "faults": [],
     }  # fmt: skip
     try:
         for chosen in faults:

@@ -8,12 +8,15 @@ import shutil
 import signal
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from bus_kv.cli.chaos_history import hot_key
 from bus_kv.cli.chaos_link import Link
 from bus_kv.cli.local_cluster import COORDINATOR, ClusterError, LocalCluster
 from bus_kv.errors import BusKVError
+from bus_kv.protocol.shard_map import Keyspace, Member, Shard, ShardMap, ShardState, to_document
 from bus_kv.runtime.connection import ConnectOptions
 from bus_kv.runtime.nats_bus import BusError, NatsBus
 from bus_kv.runtime.nats_server import NatsCluster, NatsServer, NatsServerError
@@ -30,8 +33,8 @@ if TYPE_CHECKING:
 COORDINATORS = (COORDINATOR, "c2")
 FAILURES = (ClusterError, BusKVError, BusError, NatsServerError, TimeoutError)
 """What can go wrong once a cluster runs: a finding, not the end of the run."""
-SHARD = "s1"
-"""A fresh cluster has one."""
+FIRST_SHARD = "s1"
+"""A fresh cluster has one; of several this is the one whose primary is harmed."""
 _POLL_S = 0.05
 _ASK_S = 2.0
 _LEADER_DEADLINE_S = 20.0
@@ -46,13 +49,14 @@ class ChaosCluster(LocalCluster):
 
     def __init__(
         self, folder: Path, *, servers: int = 1, links: bool = False, nodes: int = 3,
-        knobs: Mapping[str, float] | None = None,
+        shards: int = 1, knobs: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         assert servers == 1 or not links
         super().__init__(folder, nodes=nodes, connection=ConnectOptions(), knobs=knobs)
         several = NatsCluster(folder, size=servers).servers
         self._servers = [NatsServer(folder / "nats")] if servers == 1 else several
         self._has_links = links
+        self._shards = shards
         self._bus = NatsBus(self.connection)
         self._leaders: asyncio.Queue[Responded] = asyncio.Queue(1)
         self.links: dict[str, Link] = {}
@@ -81,6 +85,21 @@ class ChaosCluster(LocalCluster):
             address = urlsplit(urls[0])
             self.links[node] = Link(address.hostname or "", address.port or 0)
             await self.links[node].start()
+        if self._shards > 1:
+            await self._lay_out()
+
+    async def _lay_out(self) -> None:
+        bus = NatsBus(self.connection)
+        await bus.open()
+        try:
+            store = bus.map_store(Subjects(self.connection.root).bucket, _ASK_S)
+            await store.prepare()
+            map = _first_map(self._shards, self.node_ids[0])
+            stored = await store.cas(0, "map", 0, to_document(map))
+            if stored.failure is not None:
+                raise ClusterError(f"the map cannot be written: {stored.failure}")
+        finally:
+            await bus.close()
 
     async def _start_server(self, server: NatsServer) -> None:
         await server.start()
@@ -141,7 +160,7 @@ class ChaosCluster(LocalCluster):
 
     async def primary(self, db: Client) -> str:
         shards = (await db.map())["shards"]
-        return str(next(shard["primary"] for shard in shards if shard["id"] == SHARD))
+        return str(next(shard["primary"] for shard in shards if shard["id"] == FIRST_SHARD))
 
     async def active_coordinator(self) -> str:
         """Raises ClusterError when none has become active in time."""
@@ -213,3 +232,16 @@ class ChaosCluster(LocalCluster):
         ]
         missing += [f"{n['id']} is {n['state']}" for n in map["nodes"] if n["state"] != "up"]
         return "; ".join(missing if map["shards"] else ["no shard"])
+
+
+def _first_map(count: int, node: str) -> ShardMap:
+    """So many shards that nobody has opened yet, to be had by the nodes that are up, under this one if it is."""
+    bounds = [b"", *(hot_key(i) for i in range(1, count)), None]
+    members = (Member(node, ""),)
+    shards = {
+        f"s{i}": Shard(
+            f"s{i}", "default", start or b"", end, i, "layout", members, node, ShardState.RECOVERING
+        )
+        for i, (start, end) in enumerate(pairwise(bounds), 1)
+    }
+    return ShardMap(1, count, "layout", {"default": Keyspace()}, shards, {})

@@ -13,6 +13,10 @@ LEVELS_THAT_LAST = ("quorum", "all")
 """A write that was acknowledged so is never lost."""
 
 
+def hot_key(number: int) -> bytes:
+    return b"hot/%03d" % number
+
+
 class Kind(StrEnum):
     GET = "get"
     PUT = "put"

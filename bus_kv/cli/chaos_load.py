@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import bus_kv
 from bus_kv.cli.chaos_cluster import FAILURES
-from bus_kv.cli.chaos_history import Call, Kind, Outcome
+from bus_kv.cli.chaos_history import Call, Kind, Outcome, hot_key
 from bus_kv.errors import BusKVError, ConsistencyNotMet, PreconditionFailed
 
 if TYPE_CHECKING:
@@ -33,18 +33,19 @@ _SLOW_PAUSE_S = 0.2
 class Load:
     """Workers that call until `stop`; `calls` is the history in the order of invocation."""
 
-    def __init__(self, keys: int, seed: str) -> None:
+    def __init__(self, keys: int, shards: int, seed: str) -> None:
         self.calls: list[Call] = []
         self.is_slow = False
         """Whether workers pause between calls: there is always some load, but it should not outgrow its history."""
-        self._keys = [f"hot/{i:03d}".encode() for i in range(keys)]
+        self._keys = [*map(hot_key, range(keys))]
+        self._shard_of = {key: min(i, shards - 1) for i, key in enumerate(self._keys)}
         self._known: dict[bytes, Version] = {}
         """The newest version that any worker was told of."""
         self._seed = seed
         self._returned = 0
         self._has_returned = asyncio.Event()
-        self._accepted_ns = 0
-        """When the youngest acknowledged write was invoked."""
+        self._accepted_ns = dict.fromkeys(self._shard_of.values(), 0)
+        """Shard -> when the youngest of its acknowledged writes was invoked."""
         self._everywhere_ns = 0
         """The same of those that were acknowledged at ALL."""
         self._stopping = asyncio.Event()
@@ -75,6 +76,17 @@ class Load:
         if failure is not None:
             raise failure
 
+    def accepted_ns(self, after_ns: int) -> int | None:
+        """When the first write that was invoked after this moment had been acknowledged in every shard; None: never."""
+        first_ns: dict[int, int] = {}
+        for call in self.calls:
+            if call.is_acknowledged_write and call.invoked_ns > after_ns:
+                assert call.returned_ns is not None
+                shard = self._shard_of[call.key]
+                first_ns[shard] = min(first_ns.get(shard, call.returned_ns), call.returned_ns)
+        is_everywhere = first_ns.keys() == self._accepted_ns.keys()
+        return max(first_ns.values()) if is_everywhere else None
+
     async def until_more(self, count: int) -> None:
         """Return when so many more calls have returned."""
         wanted = self._returned + count
@@ -82,8 +94,8 @@ class Load:
             await self._next_return()
 
     async def until_accepted(self, after_ns: int) -> None:
-        """Return when a write that was invoked after this moment has been acknowledged."""
-        while self._accepted_ns <= after_ns:
+        """Return when in every shard a write that was invoked after this moment has been acknowledged."""
+        while min(self._accepted_ns.values()) <= after_ns:
             await self._next_return()
 
     async def until_everywhere(self, after_ns: int) -> None:
@@ -140,7 +152,8 @@ class Load:
         if call.version is not None:
             self._known[call.key] = max(call.version, self._known.get(call.key, call.version))
         if call.is_acknowledged_write:
-            self._accepted_ns = max(self._accepted_ns, call.invoked_ns)
+            shard = self._shard_of[call.key]
+            self._accepted_ns[shard] = max(self._accepted_ns[shard], call.invoked_ns)
             if call.level == "all" and call.code is None:
                 self._everywhere_ns = max(self._everywhere_ns, call.invoked_ns)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import bus_kv
 from bus_kv.cli.chaos_checker import Verdict, check, check_linearizable
-from bus_kv.cli.chaos_cluster import FAILURES, SHARD, ChaosCluster
+from bus_kv.cli.chaos_cluster import FAILURES, ChaosCluster
 from bus_kv.cli.chaos_history import Call, Evidence, Logged, Outcome
 from bus_kv.cli.chaos_load import Load
 from bus_kv.cli.local_cluster import ClusterError
@@ -53,6 +53,7 @@ class Plan:
     times: int
     """How often each fault strikes."""
     keys: int
+    shards: int
     seed: int
     knobs: Mapping[str, float]
 
@@ -70,7 +71,7 @@ class Injection:
     healed_ns: int = 0
     whole_ns: int = 0
     accepted_s: float | None = None
-    """From the beginning until a write was acknowledged that was invoked during or after it."""
+    """From the beginning until in every shard a write was acknowledged that was invoked during or after it."""
     standstill_s: float | None = None
     """The longest time without an acknowledged write, until all was whole again."""
 
@@ -124,14 +125,14 @@ class Trial:
     def __init__(self, folder: Path, fault: Fault, plan: Plan, note: Callable[[str], None]) -> None:
         self._folder, self._fault, self._plan, self._note = folder, fault, plan, note
         self._random = random.Random(f"{plan.seed}/{fault.name}")
-        self._load = Load(plan.keys, f"{plan.seed}/{fault.name}")
+        self._load = Load(plan.keys, plan.shards, f"{plan.seed}/{fault.name}")
         self._report = Report(fault.name, self._load.calls)
 
     async def run(self) -> Report:
         """Raises ClusterError and the like when processes cannot be started; what happens later is in the report."""
         cluster = ChaosCluster(
             self._folder, servers=self._fault.servers, links=self._fault.links,
-            knobs=self._plan.knobs,
+            shards=self._plan.shards, knobs=self._plan.knobs,
         )  # fmt: skip
         async with cluster, bus_kv.connect(options=cluster.connection) as db:
             try:
@@ -197,7 +198,7 @@ class Trial:
                 await self._load.until_accepted(injection.struck_ns)
         except TimeoutError:
             raise ClusterError(
-                f"no write was accepted for {ACCEPTED_DEADLINE_S:.0f} s after the fault befell "
+                f"not every shard has accepted a write for {ACCEPTED_DEADLINE_S:.0f} s after the fault befell "
                 f"{', '.join(injection.targets)}"
             ) from None
 
@@ -222,12 +223,9 @@ class Trial:
         accepted = [c for c in self._report.calls if c.is_acknowledged_write]
         returns = sorted(c.returned_ns for c in accepted if c.returned_ns is not None)
         for injection in self._report.injections:
-            later = [
-                c.returned_ns for c in accepted
-                if c.invoked_ns > injection.struck_ns and c.returned_ns is not None
-            ]  # fmt: skip
-            if later:
-                injection.accepted_s = _seconds(min(later) - injection.began_ns)
+            accepted_ns = self._load.accepted_ns(injection.struck_ns)
+            if accepted_ns is not None:
+                injection.accepted_s = _seconds(accepted_ns - injection.began_ns)
             end_ns = injection.whole_ns or max([injection.began_ns, *returns[-1:]])
             inside = returns[
                 bisect_left(returns, injection.began_ns) : bisect_left(returns, end_ns)
@@ -246,24 +244,26 @@ def _seconds(duration_ns: int) -> float:
 
 
 async def gather_evidence(db: Client, keys: list[bytes], nodes: list[str]) -> Evidence:
-    evidence = Evidence(log=await _read_log(db))
+    evidence = Evidence()
     for entry in await db.get_many(keys):
         evidence.final[entry.key] = (entry.version, entry.value)
     for key in keys[:_HISTORIES]:
         versions = [(past.version, past.value) async for past in db.history(key)]
         evidence.histories[key] = versions[::-1]
+    shards = [shard["id"] for shard in (await db.map())["shards"]]
     for node in nodes:
-        await _transfer(db, node)
+        await asyncio.gather(*(_transfer(db, shard, node) for shard in shards))
         evidence.copies[node] = tuple((await db.sql(_COPY)).rows[0])
+    evidence.log = await _read_log(db)
     return evidence
 
 
-async def _transfer(db: Client, node: str) -> None:
+async def _transfer(db: Client, shard: str, node: str) -> None:
     """A node that has just returned may have to prove itself first."""
     end_ns = monotonic_ns() + int(TRANSFER_DEADLINE_S * 1e9)
     while True:
         try:
-            await db.admin("transfer", {"shard": SHARD, "to": node})
+            await db.admin("transfer", {"shard": shard, "to": node})
             return
         except BusKVError as error:
             if not error.retriable or monotonic_ns() > end_ns:
@@ -271,13 +271,14 @@ async def _transfer(db: Client, node: str) -> None:
 
 
 async def _read_log(db: Client) -> list[Logged]:
-    """All of the operation log that holds, in pages that fit into a message."""
+    """All of the operation log that holds, in pages that fit into a message; one node serves all shards."""
     log: list[Logged] = []
     while True:
-        after = log[-1].version[1] if log else 0
+        after = log[-1].version if log else (0, 0)
         page = await db.sql(
             "SELECT epoch, seq, op, key, value, client, request_id FROM oplog "
-            f"WHERE seq > {after} AND outcome <> 'rolled_back' ORDER BY seq LIMIT {_LOG_PAGE_ROWS}"
+            f"WHERE (epoch, seq) > {after} AND outcome <> 'rolled_back' "
+            f"ORDER BY epoch, seq LIMIT {_LOG_PAGE_ROWS}"
         )
         log += [Logged((row[0], row[1]), *row[2:]) for row in page.rows]
         if len(page.rows) < _LOG_PAGE_ROWS:

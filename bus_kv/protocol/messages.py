@@ -52,9 +52,17 @@ class Heartbeat:
     value_bytes_max: int = 0
     map_version: int = 0
     shards: list[ReplicaReport] = field(default_factory=list)
+    _by_id: dict[str, ReplicaReport] | None = field(default=None, compare=False, repr=False)
+
+    def report(self, shard: str) -> ReplicaReport | None:
+        """What it says about the replica of a shard."""
+        if self._by_id is None:
+            self._by_id = {report.id: report for report in self.shards}
+        return self._by_id.get(shard)
 
     def to_wire(self) -> dict[str, Any]:
-        return asdict(self)
+        wire = {name: getattr(self, name) for name in _HEARTBEAT}
+        return wire | {"shards": [asdict(report) for report in self.shards]}
 
 
 def heartbeat_from_wire(wire: dict[str, Any]) -> Heartbeat:

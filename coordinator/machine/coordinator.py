@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from bus_kv.subjects import Subjects
 
 MAP_KEY = "map"
+ANSWERS_MAX = 10_000
+"""Questions that are remembered until they are answered; some never are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class CoordinatorMachine:
             elif name == "store":
                 self._read_map()
             elif name == "attempts":
-                self._drive_attempts()
+                self._drive_late()
             elif name == "ask":
                 self._ask_around()
         self._detector.on_deadline(now_ns)
@@ -461,7 +463,7 @@ class CoordinatorMachine:
                 self._attempts[id] = Attempt(shard, self.now_ns, self.now_ns)
                 self._heard.failovers.discard(id)
                 self._heard.transfers.pop(id, None)
-        self._drive_attempts()
+        self._drive(*self._attempts.values())
 
     def _follow_settings(self, map: ShardMap) -> None:
         self._detector.settings = settings_of(map, self.knobs)
@@ -481,20 +483,26 @@ class CoordinatorMachine:
 
     # ---- attempts ----
 
-    def _drive_attempts(self) -> None:
+    def _drive(self, *attempts: Attempt) -> None:
         """Say what is still to be said; what stays unanswered is said again."""
         retry_ns = self.now_ns + self.knobs.step_retry_ms * MILLISECOND_NS
-        for attempt in self._attempts.values():
+        for attempt in attempts:
             for member, fields in attempt.messages():
                 correlation = self._next_correlation()
                 self._answers[correlation] = partial(self._on_answer, attempt, member)
                 subject = self.config.subjects.node_inbox(member.node)
                 self._effects.append(Request(correlation, subject, encode_cbor(fields)))
             attempt.retry_ns = retry_ns
-        if any(not attempt.opened for attempt in self._attempts.values()):
-            self._timers.start("attempts", retry_ns)
-        while len(self._answers) > 10_000:
+        self._timers.start_once("attempts", retry_ns)
+        while len(self._answers) > ANSWERS_MAX:
             del self._answers[next(iter(self._answers))]
+
+    def _drive_late(self) -> None:
+        """Those who have not been answered for a while."""
+        unfinished = [attempt for attempt in self._attempts.values() if not attempt.opened]
+        self._drive(*(a for a in unfinished if a.retry_ns <= self.now_ns))
+        if unfinished:
+            self._timers.start("attempts", min(a.retry_ns for a in unfinished))
 
     def _on_answer(self, attempt: Attempt, member: Member, body: bytes | None) -> None:
         if self._attempts.get(attempt.shard.id) is not attempt or body is None:
@@ -522,7 +530,7 @@ class CoordinatorMachine:
             self._note_sealed(attempt)
             del self._attempts[attempt.shard.id]
         elif attempt.is_sealed and not sealed_before:
-            self._drive_attempts()
+            self._drive(attempt)
 
     def _note_sealed(self, attempt: Attempt) -> None:
         """Whose log is the longest is known better now than from heartbeats: the next attempt is under that one."""

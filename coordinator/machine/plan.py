@@ -105,7 +105,7 @@ class Heard:
         beat = self.beats.get(member.node)
         if beat is None or beat.incarnation != member.incarnation:
             return None
-        return next((r for r in beat.shards if r.id == shard), None)
+        return beat.report(shard)
 
 
 def next_map(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]) -> ShardMap:

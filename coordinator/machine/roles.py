@@ -163,7 +163,8 @@ def _grow(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
     load = _replica_counts(map)
     # One that has a part of the log already has the least to catch up.
     best = min(
-        spares, key=lambda m: (heard.report(shard.id, m) is None, load.get(m.node, 0), m.node)
+        spares,
+        key=lambda m: (not _last(heard.report(shard.id, m))[1], load.get(m.node, 0), m.node),
     )
     return Roles(shard.members, shard.primary, (*shard.learners, best))
 

@@ -83,6 +83,7 @@ from nodes.machine.snapshot import Snapshots
 from nodes.machine.sql import SqlGateway
 from nodes.machine.status import Status
 from nodes.machine.suspicions import Suspicions
+from nodes.machine.wipes import Wipes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from nodes.machine.links import Then
 
 ENDPOINTS = (*VERBS, "shard")
+BEAT_PAUSE_NS = 20 * MILLISECOND_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class NodeMachine:
         self.suspicions = Suspicions(self)
         self.sql = SqlGateway(self)
         self.snapshots = Snapshots(self)
+        self._wipes = Wipes(self)
         self._shard_requests = ShardRequests(self)
         self._control = Control(self)
         self.express = self._control.express
@@ -143,6 +146,7 @@ class NodeMachine:
         """Who waits for the state's answer to which ticket."""
         self._correlation = 0
         self._timers = Timers()
+        self._beaten_ns = 0
         self._hello: int | None = None
 
     # ---- start ----
@@ -219,8 +223,7 @@ class NodeMachine:
     def _run(self) -> None:
         self.is_running, self._hello = True, None
         self._effects.append(Subscribe("verb", "", True))
-        for shard in self.map.shards.values():
-            self.follow(shard)
+        self._follow_all()
         self.fetch_map()
         self.beat()
 
@@ -279,11 +282,14 @@ class NodeMachine:
             if name == "hello":
                 self._run()
             elif name == "heartbeat":
-                self.beat()
+                self._publish_heartbeat()
+                interval_ns = int(self._heartbeat_interval_s * SECOND_NS)
+                self._timers.start("heartbeat", now_ns + interval_ns)
         self._map_reader.on_deadline(now_ns)
         self._gateway.on_deadline(now_ns)
         self.sql.on_deadline(now_ns)
         self.snapshots.on_deadline(now_ns)
+        self._wipes.on_deadline(now_ns)
         self.door.on_deadline(now_ns)
         self.replicas.on_deadline(now_ns)
 
@@ -293,6 +299,7 @@ class NodeMachine:
             self._gateway.next_deadline_ns(),
             self.sql.next_deadline_ns(),
             self.snapshots.next_deadline_ns(),
+            self._wipes.next_deadline_ns(),
             self.door.next_deadline_ns(),
             self._map_reader.next_deadline_ns(),
             self.replicas.next_deadline_ns(),
@@ -469,9 +476,13 @@ class NodeMachine:
         if interval_s != self._heartbeat_interval_s:
             self.beat()
         if self.is_running:
-            for shard in map.shards.values():
-                self.follow(shard)
+            self._follow_all()
         self._gateway.on_map(self.now_ns)
+
+    def _follow_all(self) -> None:
+        for shard in self.map.shards.values():
+            self.follow(shard)
+        self._wipes.look()
 
     def follow(self, shard: Shard) -> None:
         """Do what a record says: hold a replica, serve when it is the own attempt, stop when another one is active."""
@@ -511,17 +522,19 @@ class NodeMachine:
     # ---- heartbeats ----
 
     def beat(self) -> None:
-        """Send a heartbeat now, and the next after an interval."""
+        """Send a heartbeat at the end of this turn, and the next after an interval.
+
+        Not at once after another: it tells of all replicas, and a reconfiguration may be of all of them.
+        """
         if self.is_running:
-            self._publish_heartbeat()
-            interval_ns = int(self._heartbeat_interval_s * SECOND_NS)
-            self._timers.start("heartbeat", self.now_ns + interval_ns)
+            self._timers.start("heartbeat", max(self.now_ns, self._beaten_ns + BEAT_PAUSE_NS))
 
     @property
     def _heartbeat_interval_s(self) -> float:
         return settings_of(self.map, self.knobs).heartbeat_interval_s
 
     def _publish_heartbeat(self, leaving: bool = False) -> None:
+        self._beaten_ns = self.now_ns
         beat = replace(self.heartbeat(), leaving=leaving)
         subject = self.config.subjects.heartbeat(self.config.id)
         self._effects.append(Publish(subject, encode_json(beat.to_wire())))

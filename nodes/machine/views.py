@@ -140,4 +140,4 @@ def _report(shard: Shard, member: Member, beats: dict[str, Heartbeat]) -> Replic
     beat = beats.get(member.node)
     if beat is None or beat.incarnation != member.incarnation:
         return None
-    return next((report for report in beat.shards if report.id == shard.id), None)
+    return beat.report(shard.id)

@@ -183,7 +183,7 @@ class Faults:
             self._mend(process, process.life)
             if process.disk is not None:
                 process.disk.full_until_ns = 0
-            process.paused_until_ns = min(process.paused_until_ns, self._world.now_ns)
+            process.resume()
             self._restart(process)
         if self._store.has_forgotten:
             self._restore()

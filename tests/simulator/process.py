@@ -103,6 +103,13 @@ class Process:
         self.world.note(self.name, f"pauses for {duration_ns // 1_000_000} ms")
         self.paused_until_ns = self.world.now_ns + duration_ns
 
+    def resume(self) -> None:
+        """Go on at once with what has gathered."""
+        if self.world.now_ns < self.paused_until_ns:
+            self.paused_until_ns = self.world.now_ns
+            self._turn_due = False
+            self.schedule()
+
     # ---- events ----
 
     def receive(self, life: int, event: Event) -> None:

@@ -102,4 +102,5 @@ def _knobs(random: Random, haste: int) -> Knobs:
         turn_operations_max=random.choice([1, 4, 100]),
         client_batch_operations_max=random.choice([2, 100]),
         client_timeout_s=random.choice([1.2, 4.0, 8.0]) / haste,
+        wipe_after_s=random.choice([0.0, 0.1, 600.0]),
     )

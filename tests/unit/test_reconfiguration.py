@@ -243,7 +243,7 @@ def test_one_that_may_be_gone_again_is_no_learner(why: str) -> None:
     if why == "held":
         heard.held.add("n4")
     else:
-        heard.since_ns["s1"], heard.heard_ns = 10, {"n4": 9}.__getitem__
+        heard.since_ns["s1"], heard.heard_ns = 10, lambda node: 9 if node == "n4" else 11
     assert next_roles(shard, map_of(shard), heard) is None
     assert whom_to_ask(map_of(shard), heard) == (set() if why == "held" else {"n4"})
 
