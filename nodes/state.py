@@ -101,6 +101,11 @@ class _Inbox(Generic[Item]):
             self._filled.wait_for(lambda: self._items or self.is_closed, timeout_s)
             return self._items.popleft() if self._items and not self.is_closed else None
 
+    def items(self) -> list[Item]:
+        """Those that wait."""
+        with self._filled:
+            return [*self._items]
+
     def close(self) -> None:
         with self._filled:
             self.is_closed = True
@@ -234,6 +239,7 @@ class StateStore:
         return Answered(query.ticket, failure=f"the state on disk cannot answer: {reason}")
 
     def _run_sql(self, query: Sql) -> list[Any]:
+        self._file.prepare_views()
         cursor = self._file.cursor()
         self._sql_cursors.add(cursor)
         try:
@@ -311,12 +317,13 @@ class StateStore:
                 self._file.known = {**known, effect.shard: mark}
 
     def _table(self, fold: Fold | Load) -> ShardTable:
-        table = self._file.tables.get(fold.shard)
-        if table is None:
-            table = self._file.add_shard(fold.shard, fold.keyspace)
-            # A new table is not left to the replay of the file's log.
+        """Of a shard; new ones are made for all that wait, as they are not left to the replay of the file's log."""
+        tables = self._file.tables
+        if fold.shard not in tables:
+            wanted = {effect.shard: effect.keyspace for effect in [fold, *self._folds.items()]}
+            self._file.add_shards({s: k for s, k in wanted.items() if s not in tables})
             self._checkpoint()
-        return table
+        return self._file.tables[fold.shard]
 
     def _overcome(self, error: duckdb.Error) -> str:
         """Make it possible to try again; the reason if there has to be more space for it. Raises DiskError."""

@@ -27,7 +27,7 @@ from nodes.log import DiskError, DiskFull
 from nodes.state_snapshot import clear_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
     from typing import TypeAlias
 
@@ -117,6 +117,8 @@ class StateFile:
         self.path = directory / STATE_NAME
         self._guard = threading.Lock()
         self.tables: dict[str, ShardTable] = {}
+        self._viewed: dict[str, ShardTable] | None = None
+        """Those that the views show."""
         self.known: dict[str, Mark] = {}
         """Marks of what was told to be folded."""
         self.longest: dict[str, int] = {}
@@ -135,7 +137,7 @@ class StateFile:
             self.tables, self.known = self._read_tables(), self.marks()
             self._drop_unfinished()
             self.longest = {shard: self._longest(table) for shard, table in self.tables.items()}
-            self._replace_views()
+            self.prepare_views()
         except duckdb.Error as error:
             self.close()
             raise explain(self.path, error) from None
@@ -221,34 +223,40 @@ class StateFile:
     def marks(self) -> dict[str, Mark]:
         return _marks(self._instance)
 
-    def add_shard(self, shard: str, keyspace: str) -> ShardTable:
-        """Make room for a shard: its table and a mark that says that nothing is folded."""
-        numbers = [table.number for table in self.tables.values()]
-        table = ShardTable(max(numbers, default=0) + 1, keyspace)
-        transaction(
-            self._instance,
-            lambda db: (
-                db.execute(f"CREATE TABLE state.{table.name} ({_KV_COLUMNS})"),
-                db.execute(
-                    "INSERT INTO state.marks VALUES (?, ?, ?, 0, 0, 0, 0, 0, '[]')",
-                    [shard, table.number, keyspace],
-                ),
-            ),
-        )
-        self.tables = {**self.tables, shard: table}
-        self._replace_views()
-        return table
+    def add_shards(self, keyspaces: Mapping[str, str]) -> None:
+        """Make room for shards, each of a keyspace: their tables, and marks that say that nothing is folded."""
+        first = max([table.number for table in self.tables.values()], default=0) + 1
+        added = {
+            shard: ShardTable(number, keyspace)
+            for number, (shard, keyspace) in enumerate(keyspaces.items(), first)
+        }
 
-    def _replace_views(self) -> None:
-        parts = [_NO_KV] + [
-            _KV_OF_SHARD.format(
-                keyspace=_quoted(table.keyspace), shard=_quoted(shard), table=table.name
-            )
-            for shard, table in self.tables.items()
-        ]
-        query = " UNION ALL ".join(parts)
-        self._instance.execute(f"CREATE OR REPLACE VIEW memory.main.kv AS {query}")
-        self._instance.execute(_OPLOG_VIEW)
+        def create(db: DuckDBPyConnection) -> None:
+            for shard, table in added.items():
+                db.execute(f"CREATE TABLE state.{table.name} ({_KV_COLUMNS})")
+                mark = "INSERT INTO state.marks VALUES (?, ?, ?, 0, 0, 0, 0, 0, '[]')"
+                db.execute(mark, [shard, table.number, table.keyspace])
+
+        transaction(self._instance, create)
+        self.tables = {**self.tables, **added}
+
+    def prepare_views(self) -> None:
+        """Have the views show every shard; by any thread, before it queries them. Raises duckdb.Error."""
+        with self._guard:
+            if self._viewed is self.tables:
+                return
+            tables, parts = self.tables, [_NO_KV]
+            parts += [
+                _KV_OF_SHARD.format(
+                    keyspace=_quoted(table.keyspace), shard=_quoted(shard), table=table.name
+                )
+                for shard, table in tables.items()
+            ]
+            query = " UNION ALL ".join(parts)
+            with self._instance.cursor() as cursor:
+                cursor.execute(f"CREATE OR REPLACE VIEW memory.main.kv AS {query}")
+                cursor.execute(_OPLOG_VIEW)
+            self._viewed = tables
 
     def wal_bytes(self) -> int:
         try:
@@ -270,7 +278,7 @@ class StateFile:
             self._instance.execute("DETACH state")
         self._instance.execute(self._attach_statement)
         self.tables = self._read_tables()
-        self._replace_views()
+        self.prepare_views()
         self._recall()
 
     def _recall(self) -> None:

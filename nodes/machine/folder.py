@@ -28,6 +28,8 @@ KEPT_STEPS = 4096
 """Small entries are counted together: the log forgets what it keeps in so many steps."""
 
 
+REPLICAS_PER_INTERVAL = 10
+"""Every fold is a transaction: a node with more replicas than this folds each more seldom."""
 FOLD_MEMORY_SHARE = 16
 """Of DuckDB's memory, one fold carries no more than this part: writing it takes several times its bytes."""
 
@@ -54,6 +56,7 @@ class Folder:
         """Up to where the disk has it without the state's write-ahead log."""
         self.bytes = 0
         """Of committed batches that the disk does not have."""
+        self.interval_ns = knobs.fold_interval_ms * MILLISECOND_NS
         self._shard, self._keyspace = shard, keyspace
         self._table, self._lifetimes, self._knobs, self._ask = table, lifetimes, knobs, ask
         self._waiting: deque[_Waiting] = deque()
@@ -91,6 +94,11 @@ class Folder:
             return then()
         self._barriers.append((self._end.last, then))
 
+    def share_with(self, replicas: int) -> None:
+        """So many replicas of the node fold, this one included."""
+        interval_ns = self._knobs.fold_interval_ms * MILLISECOND_NS
+        self.interval_ns = max(interval_ns, interval_ns * replicas // REPLICAS_PER_INTERVAL)
+
     @property
     def is_full(self) -> bool:
         """Too much waits for the disk: no more writes for now."""
@@ -100,7 +108,7 @@ class Folder:
         """When a fold is due by age."""
         if self._since_ns is None or self._busy:
             return None
-        due_ns = self._since_ns + self._knobs.fold_interval_ms * MILLISECOND_NS
+        due_ns = self._since_ns + self.interval_ns
         return max(due_ns, self._hold_ns)
 
     def fold_if_due(self, now_ns: int) -> None:

@@ -170,6 +170,7 @@ class NodeMachine:
         self.replicas.put(replica)
         for held in self.replicas.values():
             held.table.cache_bytes_max = self.knobs.cache_bytes // len(self.replicas)
+            held.folder.share_with(len(self.replicas))
         return replica
 
     def replace(
