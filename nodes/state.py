@@ -163,7 +163,8 @@ class StateStore:
             raise explain(self.path, error) from None
 
     def cursor(self) -> DuckDBPyConnection:
-        """A connection of its own to the instance, for one thread."""
+        """A connection of its own for one thread, to query the views. Raises duckdb.Error."""
+        self._file.prepare_views()
         return self._file.cursor()
 
     # ---- work for the threads ----
@@ -239,8 +240,7 @@ class StateStore:
         return Answered(query.ticket, failure=f"the state on disk cannot answer: {reason}")
 
     def _run_sql(self, query: Sql) -> list[Any]:
-        self._file.prepare_views()
-        cursor = self._file.cursor()
+        cursor = self.cursor()
         self._sql_cursors.add(cursor)
         try:
             return run_query(cursor, query)
