@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("bus_kv.process")
 
+COLLECTOR_THRESHOLDS = (50_000, 50, 100)
 OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
 """Exit codes of every command."""
 
@@ -32,6 +34,9 @@ def run_process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> 
         sys.exit("bus_kv: do not run with -O: its assertions guard your data")
     # A commit's thread gets the interpreter back soon, also while a turn is busy.
     sys.setswitchinterval(0.0002)
+    # Nearly all garbage is freed by its reference counts; the collector would look through live records for the rest.
+    gc.freeze()
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
     try:
         return uvloop.run(_with_signals(main))
     except BusUnreachable as error:
