@@ -34,6 +34,17 @@ async def test_a_fault_under_load_breaks_no_promise(tmp_path: Path, fault: str):
     assert [path.name for path in tmp_path.iterdir()] == ["chaos-report.json"]
 
 
+async def test_every_shard_of_a_dead_node_is_taken_over(tmp_path: Path):
+    """Enough of them that work which grows with their square would take minutes."""
+    many = ("--shards", "120", "--keys", "20", "--operations", "1000", "--times", "1", "--seed", "1")
+    ran = await chaos(tmp_path, "--fault", "kill-primary", *many, *QUICK)
+    document = json.loads((tmp_path / "chaos-report.json").read_text())
+    (report,) = document["faults"]
+    assert (document["shards"], report["violations"]) == (120, [])
+    assert report["injections"][0]["accepted_s"] > 0
+    assert "kill-primary" in ran.text
+
+
 async def test_an_unknown_fault_is_refused_with_the_names_of_all(tmp_path: Path):
     ran = await chaos(tmp_path, "--fault", "flood", code=2)
     assert "flood" in ran.err

@@ -21,6 +21,7 @@ from tests.support.replicas import (
     NODES,
     QUICK,
     assert_kept,
+    log_of,
     until_folded,
     until_logs_equal,
     versions_in,
@@ -37,6 +38,35 @@ async def cluster(nats_url: str, tmp_path: Path) -> AsyncIterator[Cluster]:
 async def patient(nats_url: str, tmp_path: Path) -> AsyncIterator[Cluster]:
     async with cluster_on(nats_url, tmp_path, nodes=3, **NEVER_NOTICED) as cluster:
         yield cluster
+
+
+# ---- who has left ----
+
+
+async def test_a_copy_that_is_not_needed_is_wiped_and_its_node_can_come_back(
+    nats_url: str, tmp_path: Path
+) -> None:
+    async with cluster_on(nats_url, tmp_path, nodes=3, wipe_after_s=0.2, **QUICK) as cluster:
+        recorder = Recorder(cluster, levels=LEVELS)
+        await recorder.until_more(200)
+        await cluster.admin("config", replication_factor=2)
+
+        async def is_wiped() -> bool:
+            members = (await cluster.shard())["members"]
+            left = [node for node in NODES if node not in members]
+            return len(left) == 1 and not log_of(cluster, left[0])
+
+        await until(is_wiped)
+        members = (await cluster.shard())["members"]
+        (left,) = (node for node in NODES if node not in members)
+        await recorder.until_more(100)
+        cluster.kill(left)
+        cluster.restart(left)
+        await cluster.wait_healthy()
+        await cluster.admin("config", replication_factor=3)
+        await cluster.until_members(*NODES)
+        await recorder.until_more(100)
+        await assert_kept(cluster, recorder, *NODES)
 
 
 # ---- one after the other ----

@@ -1,0 +1,67 @@
+"""The driver of a process that was held up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from types import SimpleNamespace
+from typing import Any, cast
+
+from bus_kv.core.machine import Halt, Ready, Received
+from bus_kv.runtime.clock import Clock
+from bus_kv.runtime.driver import Driver
+
+
+class Patient:
+    """A machine that waits for a message until a deadline, and halts when either has come."""
+
+    is_full = False
+
+    def __init__(self, deadline_ns: int) -> None:
+        self.deadline_ns: int | None = deadline_ns
+        self.seen: list[str] = []
+
+    def step(self, event: Any, now_ns: int) -> None:
+        del now_ns
+        self.seen.append(event.name)
+        self.deadline_ns = None
+
+    def on_deadline(self, now_ns: int) -> None:
+        del now_ns
+        self.seen.append("deadline")
+
+    def next_deadline_ns(self) -> int | None:
+        return self.deadline_ns
+
+    def take_ready(self, now_ns: int) -> Ready:
+        del now_ns
+        return Ready([Halt(0, "")] if self.seen else [])
+
+
+async def test_what_has_come_meanwhile_is_heard_before_a_deadline_that_has_passed() -> None:
+    machine = Patient(Clock().now_ns() + 10_000_000)
+    driver = Driver(machine, cast("Any", SimpleNamespace()), Clock(), inbox_messages_max=10)
+    reading, writing = os.pipe()
+
+    async def hand_on() -> None:
+        """As the bus does: a message is read in one pass of the loop and told in a later one."""
+        await asyncio.sleep(0)
+        driver.offer(Received("heartbeat", "n1", b"", "", None))
+
+    tasks: list[Any] = []
+
+    def on_readable() -> None:
+        os.read(reading, 1)
+        tasks.append(asyncio.get_running_loop().create_task(hand_on()))
+
+    asyncio.get_running_loop().add_reader(reading, on_readable)
+    turns = asyncio.create_task(driver.run())
+    await asyncio.sleep(0)
+    os.write(writing, b"x")
+    time.sleep(0.2)  # noqa: ASYNC251 - that is the point: the process stands still
+    await turns
+    asyncio.get_running_loop().remove_reader(reading)
+    os.close(reading)
+    os.close(writing)
+    assert machine.seen == ["n1"]
