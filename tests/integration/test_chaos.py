@@ -36,7 +36,18 @@ async def test_a_fault_under_load_breaks_no_promise(tmp_path: Path, fault: str):
 
 async def test_every_shard_of_a_dead_node_is_taken_over(tmp_path: Path):
     """Enough of them that work which grows with their square would take minutes."""
-    many = ("--shards", "120", "--keys", "20", "--operations", "1000", "--times", "1", "--seed", "1")
+    many = (
+        "--shards",
+        "120",
+        "--keys",
+        "20",
+        "--operations",
+        "1000",
+        "--times",
+        "1",
+        "--seed",
+        "1",
+    )
     ran = await chaos(tmp_path, "--fault", "kill-primary", *many, *QUICK)
     document = json.loads((tmp_path / "chaos-report.json").read_text())
     (report,) = document["faults"]

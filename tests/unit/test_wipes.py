@@ -62,7 +62,9 @@ def test_a_copy_goes_after_a_while_first_the_log_then_the_state() -> None:
     append = former.pass_s(1)
     assert append.entries == [CutRow("s1", 0, 4, keep=False)]
     (row,) = append.replicas
-    assert (row.promised_epoch, row.promised_token, row.base_seq) == (4, "t4", 9), "the promise stays"
+    assert (row.promised_epoch, row.promised_token, row.base_seq) == (4, "t4", 9), (
+        "the promise stays"
+    )
     assert loads(former) == [], "not before the log is gone for certain"
     former.node.step(AppendCompleted(append.ticket), former.now_ns)
     assert [(load.shard, load.table, load.mark) for load in loads(former)] == [("s1", "", None)]
