@@ -53,6 +53,8 @@ def run_process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> 
             "please report it with the output of BUS_KV_LOG=debug",
             FAILED,
         )
+    finally:
+        gc.unfreeze()  # else what libraries hold is still there at the end, and they complain
 
 
 async def _with_signals(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> int:
