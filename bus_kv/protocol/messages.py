@@ -52,7 +52,9 @@ class Heartbeat:
     value_bytes_max: int = 0
     map_version: int = 0
     shards: list[ReplicaReport] = field(default_factory=list)
-    _by_id: dict[str, ReplicaReport] | None = field(default=None, compare=False, repr=False)
+    _by_id: dict[str, ReplicaReport] | None = field(
+        default=None, init=False, compare=False, repr=False
+    )
 
     def report(self, shard: str) -> ReplicaReport | None:
         """What it says about the replica of a shard."""

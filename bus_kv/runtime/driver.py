@@ -208,7 +208,9 @@ class Driver:
             subject, queue = self._subjects[channel]
             self._subscriptions[key] = await self.listen(channel, subject(name), queue)
         elif not active and key in self._subscriptions:
-            await self._bus.unsubscribe(self._subscriptions.pop(key))
+            # What has come in is still answered, or whoever asked would wait for nothing.
+            self._spawn(self._bus.drain(self._subscriptions.pop(key)))
+            await asyncio.sleep(0)  # it leaves before the subject is subscribed to anew
 
     # ---- shutdown ----
 

@@ -237,10 +237,6 @@ class NatsBus:
             log.debug("not subscribed to %s yet: %r", subject, error)
         return subscription
 
-    async def unsubscribe(self, subscription: Subscription) -> None:
-        self._subscriptions.pop(subscription, None)
-        await subscription.stop()
-
     async def drain(self, subscription: Subscription) -> None:
         """Take no new messages, and return when those that came in have been handled."""
         self._subscriptions.pop(subscription, None)
@@ -296,11 +292,6 @@ class Subscription:
     def is_named_in(self, error: Exception) -> bool:
         """Whether the server refused this very subject; nats-py tells its words in small letters."""
         return f'"{self._subject}"'.lower() in str(error).lower()
-
-    async def stop(self) -> None:
-        with contextlib.suppress(NatsError):
-            if self._handle is not None:
-                await self._handle.unsubscribe()
 
     async def drain(self) -> None:
         with contextlib.suppress(NatsError):

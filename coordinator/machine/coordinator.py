@@ -456,14 +456,16 @@ class CoordinatorMachine:
             self._heard.records.clear()
         assert old is not None, "a change is made to a map that was read"
         self._announce(old, map)
+        begun: list[Attempt] = []
         for id, shard in map.shards.items():
             if shard.state is ShardState.RECOVERING and old.shards.get(id) != shard:
                 if id in old.shards:
                     self._tell_begun(old.shards[id], shard)
                 self._attempts[id] = Attempt(shard, self.now_ns, self.now_ns)
+                begun.append(self._attempts[id])
                 self._heard.failovers.discard(id)
                 self._heard.transfers.pop(id, None)
-        self._drive(*self._attempts.values())
+        self._drive(*begun)
 
     def _follow_settings(self, map: ShardMap) -> None:
         self._detector.settings = settings_of(map, self.knobs)
