@@ -114,9 +114,6 @@ class Lane:
     waiting: Columns = field(default_factory=Columns)
     again: list[Operation] = field(default_factory=list)
     in_flight: int = 0
-    suspected: bool = False
-    """The primary does not answer: one message at a time goes to it, until one is answered."""
-    answered_ns: int = 0
 
     @property
     def has_work(self) -> bool:
@@ -140,6 +137,8 @@ class Sent:
     """When the primary is suspected of being gone."""
     epoch: int = 0
     """Of the shard, as it was sent."""
+    node: str = ""
+    """The primary then; empty when any replica may answer."""
     suspected: bool = False
     again: list[Operation] | None = None
     """The operations when this is not their first attempt."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.client.calls import WRITING_VERBS, Call, Calls, patience_ns, pause_ns
 from bus_kv.client.lane import Columns, Lane, Operation, Sent, columns_of, operations_of
+from bus_kv.client.primaries import Primaries
 from bus_kv.client.results import Entry, Fates, ReadState, Receipt
 from bus_kv.core.machine import Publish, Ready, Received, Request, Responded
 from bus_kv.errors import (
@@ -78,6 +79,7 @@ class Session:
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
         self._dirty: list[Lane] = []
         self._sent: dict[int, Sent] = {}
+        self._primaries = Primaries()
         self._calls = Calls(self._request, self._finish, knobs)
         self._unrouted: list[Operation] = []
         self._paused: list[tuple[int, int, Operation]] = []
@@ -219,11 +221,13 @@ class Session:
         self._told = 0
         dirty, self._dirty = self._dirty, []
         for lane in dirty:
-            window = 1 if lane.suspected else self._knobs.client_window_messages
-            while lane.again and lane.in_flight < window:
-                self._send_again(lane, now_ns)
-            while lane.waiting.keys and self._may_send(lane):
-                self._send_new(lane, now_ns)
+            route = self._open_route(lane, now_ns)
+            if route is None:
+                continue
+            while lane.again and self._may_send_again(lane, route):
+                self._send_again(lane, route, now_ns)
+            while lane.waiting.keys and self._may_send(lane, route):
+                self._send_new(lane, route, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)
 
@@ -318,17 +322,28 @@ class Session:
             missing = NoShard("the key lies outside every shard; see `bus-kv shards list`")
         return self._finish(operation.token, operation.verdict(missing))
 
-    def _may_send(self, lane: Lane) -> bool:
-        """At once when nothing is in flight; else only what fills a message, so that small ones do not pile up."""
-        if not lane.in_flight:
-            return True
-        if lane.suspected:
-            return False
-        knobs = self._knobs
-        full = len(lane.waiting.keys) >= knobs.client_fill_operations
-        return full and lane.in_flight < knobs.client_window_messages
+    def _open_route(self, lane: Lane, now_ns: int) -> Route | None:
+        """The way of what a lane holds; None when there is none at the moment: then it is routed again."""
+        assert self.routes is not None
+        route = self.routes.by_id.get(lane.shard)
+        if route is not None and (route.active or lane.anywhere):
+            return route
+        for operation in self._all_waiting(lane):
+            self._route(operation, now_ns)
+        return None
 
-    def _send_new(self, lane: Lane, now_ns: int) -> None:
+    def _may_send_again(self, lane: Lane, route: Route) -> bool:
+        if not (lane.anywhere or self._primaries.lets_through(route.primary)):
+            return False
+        return lane.in_flight < self._knobs.client_window_messages
+
+    def _may_send(self, lane: Lane, route: Route) -> bool:
+        """At once when nothing is in flight; else only what fills a message, so that small ones do not pile up."""
+        if not self._may_send_again(lane, route):
+            return False
+        return not lane.in_flight or len(lane.waiting.keys) >= self._knobs.client_fill_operations
+
+    def _send_new(self, lane: Lane, route: Route, now_ns: int) -> None:
         """Send what waits for its first attempt, as much as one message takes."""
         waiting = lane.waiting
         # Half of what waits, so that the node works on one half while the client works on the other.
@@ -336,15 +351,15 @@ class Session:
         columns, lane.waiting = waiting.split(self._cut(waiting, half))
         numbers = range(self._number + 1, self._number + 1 + len(columns))
         self._number = numbers[-1]
-        self._send(lane, columns, numbers, None, now_ns)
+        self._send(lane, route, columns, numbers, None, now_ns)
 
-    def _send_again(self, lane: Lane, now_ns: int) -> None:
+    def _send_again(self, lane: Lane, route: Route, now_ns: int) -> None:
         """Send what was sent before: by number, as a batch has to be."""
         lane.again.sort(key=_by_number)
         count = self._cut(columns_of(lane.again), len(lane.again))
         operations, lane.again = lane.again[:count], lane.again[count:]
         numbers = [o.number for o in operations]
-        self._send(lane, columns_of(operations), numbers, operations, now_ns)
+        self._send(lane, route, columns_of(operations), numbers, operations, now_ns)
 
     def _cut(self, waiting: Columns, count: int) -> int:
         count = min(
@@ -353,25 +368,24 @@ class Session:
         return waiting.fitting(count, self._sizes.batch)
 
     def _send(
-        self, lane: Lane, columns: Columns, numbers: Sequence[int], again: list[Operation] | None,
-        now_ns: int,
+        self, lane: Lane, route: Route, columns: Columns, numbers: Sequence[int],
+        again: list[Operation] | None, now_ns: int,
     ) -> None:  # fmt: skip
-        assert self.routes is not None
-        route = self.routes.by_id.get(lane.shard)
-        epoch = route.epoch if route else 0
-        fields: dict[str, Any] = {"epoch": epoch}
-        subject, attempt_ms = self._subjects.shard_request, self._knobs.client_attempt_ms
+        fields: dict[str, Any] = {"epoch": route.epoch}
+        node, subject = route.primary, self._subjects.shard_request
+        attempt_ms = self._knobs.client_attempt_ms
         if lane.anywhere:
-            fields = {}
-            subject, attempt_ms = self._subjects.shard_read, self._knobs.suspect_after_ms
+            fields, node, subject = {}, "", self._subjects.shard_read
+            attempt_ms = self._knobs.suspect_after_ms
         fields["batch"] = columns.batch(self.client, numbers, lane.consistency).encode()
         correlation = self._request(subject(lane.shard), encode_cbor(fields))
         give_up_ns = now_ns + attempt_ms * MILLISECOND_NS
         suspect_ns = now_ns + self._knobs.suspect_after_ms * MILLISECOND_NS
         self._sent[correlation] = Sent(
-            lane, columns, numbers, give_up_ns, suspect_ns, epoch, again=again
+            lane, columns, numbers, give_up_ns, suspect_ns, route.epoch, node, again=again
         )
         lane.in_flight += 1
+        self._primaries.on_sent(node)
 
     def _request(self, subject: str, body: bytes) -> int:
         self._correlation += 1
@@ -381,13 +395,14 @@ class Session:
     # ---- outcomes ----
 
     def _on_reply(self, sent: Sent, body: bytes | None, now_ns: int) -> None:
-        self._leave(sent.lane)
+        if body is not None and self._primaries.on_answer(sent.node, now_ns):
+            self._look_at_all()
+        self._leave(sent)
         if body is None:
             if not sent.lane.anywhere:
                 self._suspect(sent.lane.shard, "no responders", now_ns)
             failure = ShardUnavailable(f"nobody serves shard {sent.lane.shard}")
             return self._all_again(sent, failure, now_ns)
-        sent.lane.suspected, sent.lane.answered_ns = False, now_ns
         fields = decode_cbor(body)
         if "batch" not in fields:
             return self._all_again(sent, from_body(fields), now_ns)
@@ -399,10 +414,17 @@ class Session:
             return self._on_mixed_reply(sent, reply, now_ns)
         return self._tell(sent.columns.tokens, self._results(sent, reply))
 
-    def _leave(self, lane: Lane) -> None:
-        lane.in_flight -= 1
-        if lane.has_work:
-            self._dirty.append(lane)
+    def _leave(self, sent: Sent) -> None:
+        sent.lane.in_flight -= 1
+        self._primaries.on_left(sent.node)
+        if self._primaries.is_silent(sent.node):
+            self._look_at_all()  # another shard's message is the next trial
+        elif sent.lane.has_work:
+            self._dirty.append(sent.lane)
+
+    def _look_at_all(self) -> None:
+        """Lanes that were held up may send now."""
+        self._dirty += [lane for lane in self._lanes.values() if lane.has_work]
 
     def _on_mixed_reply(self, sent: Sent, reply: BatchReply, now_ns: int) -> None:
         """Some operations have their result; the others failed, or found the reply full."""
@@ -430,12 +452,13 @@ class Session:
             del self._sent[correlation]
             return self._on_silence(sent, now_ns)
         patience_ns = self._knobs.suspect_after_ms * MILLISECOND_NS
-        if now_ns - lane.answered_ns < patience_ns:
-            sent.suspect_ns = lane.answered_ns + patience_ns  # busy with others: not silent
+        answered_ns = self._primaries.answered_ns(sent.node)
+        if now_ns - answered_ns < patience_ns:
+            sent.suspect_ns = answered_ns + patience_ns  # busy with others: not silent
             return None
         sent.suspected = True
         if lane.consistency != "all":  # else it may be another member that is waited for
-            lane.suspected = True
+            self._primaries.on_silence(sent.node)
             # Sent again soon: it may have come to a frozen node alone, before the next primary listened.
             sent.give_up_ns = min(sent.give_up_ns, now_ns + patience_ns)
         reason = f"no answer for {self._knobs.suspect_after_ms} ms"
@@ -453,7 +476,7 @@ class Session:
         self._effects.append(Publish(subject, encode_json(said)))
 
     def _on_silence(self, sent: Sent, now_ns: int) -> None:
-        self._leave(sent.lane)
+        self._leave(sent)
         for operation in sent.operations():
             operation.abandon()
         failure = ShardUnavailable(f"shard {sent.lane.shard} does not answer")
@@ -545,6 +568,7 @@ class Session:
         self._near.clear()
         if not is_new:
             return
+        self._look_at_all()
         for correlation, sent in [*self._sent.items()]:
             if sent.suspected:
                 route = routes.by_id.get(sent.lane.shard)

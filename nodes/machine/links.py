@@ -26,10 +26,11 @@ CHANNELS = {
     Status.PROMISED: ("replicate",),
     Status.FOLLOWING: ("replicate", "read"),
     Status.OPENING: (),
-    Status.OPENED: (),
+    Status.OPENED: ("shard",),
     Status.ACTIVE: ("shard", "read"),
 }
-"""The subjects of a shard that a replica listens on."""
+"""The subjects of a shard that a replica listens on. Clients learn that it is ACTIVE as soon as its primary does, so
+that one listens before."""
 CALL_NS = 10 * SECOND_NS
 """Answers of other nodes are not expected any more after this."""
 

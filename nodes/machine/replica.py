@@ -285,9 +285,10 @@ class Replica:
         """Why this replica cannot answer; `epoch` None: any replica will do, a stale answer too."""
         if epoch is None and self.status is Status.FOLLOWING:
             return None
-        if epoch is not None and epoch > self.opened_epoch:
-            # Its primary may be doing this very request: only that one can refuse for good.
-            return OutcomeUnknown(f"epoch {epoch} of shard {self.shard.id} is not known here")
+        if epoch is not None and self.may_be_another_s(epoch):
+            return OutcomeUnknown(
+                f"what becomes of epoch {epoch} of shard {self.shard.id} is not known here"
+            )
         if self.status is not Status.ACTIVE:
             return NotPrimary(
                 f"node {self.node} does not serve shard {self.shard.id}; read the map"
@@ -295,6 +296,15 @@ class Replica:
         if epoch is not None and epoch != self.shard.epoch:
             return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
         return None
+
+    def may_be_another_s(self, epoch: int) -> bool:
+        """Whether another replica may be doing what is asked of this epoch, so that only that one can refuse for good.
+
+        The primary of a later epoch may; and that of an earlier one, until this replica is known to be ACTIVE: should
+        its attempt come to nothing, the earlier log may still be the one that is chosen.
+        """
+        is_earlier = epoch < self.opened_epoch and self.status is not Status.ACTIVE
+        return is_earlier or epoch > self.opened_epoch
 
     @property
     def age_ms(self) -> int:

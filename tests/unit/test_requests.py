@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bus_kv.core.machine import Publish, Received
+from bus_kv.core.machine import AppendCompleted, Publish, Received, Subscribe
 from bus_kv.errors import (
     MalformedRequest,
     RequestError,
@@ -185,6 +185,28 @@ def test_a_former_primary_refuses_only_what_is_of_its_epoch_for_good(epoch: int,
     replica.open(record, 0)
     replica.step_down("another configuration is active")
     node.take_ready(0)
+    body = encode_cbor({"epoch": epoch, "ops": [{"op": "put", "key": b"a", "value": b"1"}]})
+    node.step(Received("shard", "s1", body, reply="inbox"), 0)
+    (answer,) = [e for e in node.take_ready(0).effects if isinstance(e, Publish)]
+    assert decode_cbor(answer.body)["code"] == code
+
+
+@pytest.mark.parametrize(("epoch", "code"), [(2, "NOT_PRIMARY"), (1, "OUTCOME_UNKNOWN")])
+def test_a_primary_listens_before_it_serves_and_leaves_earlier_epochs_to_their_primary(
+    epoch: int, code: str
+) -> None:
+    """Clients hear that the shard is served as soon as it does; and should its attempt come to nothing, what an earlier
+    primary still does may yet be chosen."""
+    node = NodeMachine(NodeConfig("n1", "i1", (1, "run"), Subjects(), 1 << 20), Knobs())
+    node.start(0)
+    node.on_deadline(Knobs().hello_wait_ms * 1_000_000)
+    members = (Member("n1", "i1"),)
+    record = Shard("s1", "default", b"", None, 2, "t2", members, "n1", ShardState.RECOVERING)
+    node.new_replica(record).open(record, 0)
+    append = node.take_ready(0).append
+    assert append is not None
+    node.step(AppendCompleted(append.ticket), 0)
+    assert Subscribe("shard", "s1", True) in node.take_ready(0).effects
     body = encode_cbor({"epoch": epoch, "ops": [{"op": "put", "key": b"a", "value": b"1"}]})
     node.step(Received("shard", "s1", body, reply="inbox"), 0)
     (answer,) = [e for e in node.take_ready(0).effects if isinstance(e, Publish)]

@@ -27,10 +27,22 @@ def shard_map(version: int, level: str = "quorum", epoch: int = 3) -> ShardMap:
     )
 
 
-class Client:
-    """A session that has read map version 7, and what it has sent and told."""
+def map_of_three(version: int, state: ShardState = ShardState.ACTIVE) -> ShardMap:
+    """Shards a and b under n1, c under n2; since version 8 under epoch 4, and n3."""
+    epoch, first = (3, "n1") if version < 8 else (4, "n3")
+    shards = {
+        id: Shard(id, "default", start, end, epoch, "t", MEMBERS, primary, state)
+        for id, start, end, primary in (
+            ("a", b"", b"b", first), ("b", b"b", b"c", first), ("c", b"c", None, "n2"),
+        )
+    }  # fmt: skip
+    return ShardMap(version, keyspaces={"default": Keyspace()}, shards=shards)
 
-    def __init__(self) -> None:
+
+class Client:
+    """A session that has read this map (version 7), and what it has sent and told."""
+
+    def __init__(self, map: ShardMap | None = None) -> None:
         self.now_ns = 0
         self.outcomes: list[Any] = []
         self.said: list[Publish] = []
@@ -39,7 +51,7 @@ class Client:
         )
         self.session.fetch_routes(0)
         (asked,) = self.sent()
-        self.answer(asked, shard_map(7).public())
+        self.answer(asked, (map or shard_map(7)).public())
 
     def sent(self) -> list[Request]:
         effects = self.session.take_ready(self.now_ns).effects
@@ -59,9 +71,12 @@ class Client:
         return request
 
     def put(self) -> Request:
-        self.session.submit(b.PUT, b"k", b"v", "put", self.now_ns)
-        (request,) = self.sent()
+        (request,) = self.put_to(b"k")
         return request
+
+    def put_to(self, key: bytes) -> list[Request]:
+        self.session.submit(b.PUT, key, b"v", "put", self.now_ns)
+        return self.sent()
 
     def later(self, delay_ms: int) -> list[Request]:
         self.now_ns += delay_ms * MILLISECOND_NS
@@ -268,7 +283,7 @@ def test_calls_of_different_patience_end_each_in_its_time() -> None:
 
 
 def writes(sent: list[Request]) -> list[Request]:
-    return [request for request in sent if request.subject == WRITE]
+    return [request for request in sent if request.subject.endswith(".request")]
 
 
 def suspects_of(client: Client) -> list[str]:
@@ -323,3 +338,28 @@ def test_of_a_silent_primary_one_message_at_a_time_is_asked() -> None:
     )
     assert client.sent() == []
     assert len(writes(client.later(Knobs().client_attempt_ms))) == 1
+
+
+def test_of_a_silent_primary_one_message_at_a_time_is_asked_for_all_its_shards() -> None:
+    client = Client(map_of_three(7))
+    (trial,) = client.put_to(b"a")
+    client.later(Knobs().suspect_after_ms)
+    assert client.put_to(b"b") == [], "it would wait there, too"
+    assert [sent.subject for sent in client.put_to(b"c")] == ["bkv.shard.c.request"]
+    reply = BatchReply(bytes([b.CREATED]), 3, [42])
+    client.answer(trial, {"batch": reply.to_wire()})
+    assert [sent.subject for sent in client.sent()] == ["bkv.shard.b.request"]
+
+
+def test_what_waits_for_a_shard_is_not_sent_to_a_primary_that_does_not_serve_yet() -> None:
+    client = Client(map_of_three(7))
+    client.put_to(b"a")
+    client.later(Knobs().suspect_after_ms)
+    client.put_to(b"b")
+    client.hear(delta(map_of_three(7), map_of_three(8, ShardState.RECOVERING)))
+    assert writes(client.sent()) == []
+    assert suspects_of(client) == ["bkv.event.suspect.n1"]
+    client.hear(delta(map_of_three(8, ShardState.RECOVERING), map_of_three(9)))
+    assert {sent.subject for sent in client.later(10)} == {
+        "bkv.shard.a.request", "bkv.shard.b.request",
+    }  # fmt: skip
