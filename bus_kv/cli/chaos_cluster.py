@@ -9,7 +9,7 @@ import signal
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from bus_kv.cli.chaos_history import hot_key
@@ -23,7 +23,7 @@ from bus_kv.runtime.nats_server import NatsCluster, NatsServer, NatsServerError
 from bus_kv.subjects import Subjects
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from bus_kv.cli.processes import Child
@@ -40,21 +40,46 @@ _ASK_S = 2.0
 _LEADER_DEADLINE_S = 20.0
 
 
+class Server(Protocol):
+    """A nats-server, one process or one container."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it, the same through a restart; known once started."""
+
+    @property
+    def pid(self) -> int | None:
+        """None when somebody else sees to it that it ends with this program."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def kill(self) -> None: ...
+
+
+def server_processes(folder: Path, count: int) -> Sequence[Server]:
+    """nats-servers of this machine, one or a cluster."""
+    return [NatsServer(folder / "nats")] if count == 1 else NatsCluster(folder, size=count).servers
+
+
 class ChaosCluster(LocalCluster):
-    """Nodes, two coordinators and `servers` nats-servers, one or three.
+    """Nodes, two coordinators and nats-servers: the own process, or those given.
 
     With `links` every node reaches the bus through a `Link` of its own; only with one nats-server, because several tell
     their clients each other's addresses.
     """
 
     def __init__(
-        self, folder: Path, *, servers: int = 1, links: bool = False, nodes: int = 3,
+        self, folder: Path, *, servers: Sequence[Server] = (), links: bool = False, nodes: int = 3,
         shards: int = 1, knobs: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
-        assert servers == 1 or not links
         super().__init__(folder, nodes=nodes, connection=ConnectOptions(), knobs=knobs)
-        several = NatsCluster(folder, size=servers).servers
-        self._servers = [NatsServer(folder / "nats")] if servers == 1 else several
+        self._servers = servers or server_processes(folder, 1)
+        assert len(self._servers) == 1 or not links
         self._has_links = links
         self._shards = shards
         self._bus = NatsBus(self.connection)
@@ -101,9 +126,10 @@ class ChaosCluster(LocalCluster):
         finally:
             await bus.close()
 
-    async def _start_server(self, server: NatsServer) -> None:
+    async def _start_server(self, server: Server) -> None:
         await server.start()
-        self._guard.watch(server.pid)
+        if server.pid is not None:
+            self._guard.watch(server.pid)
 
     def _child(self, id: str) -> Child:
         """It takes the connection that is set while it is made: its own link, if it has one."""
@@ -144,19 +170,20 @@ class ChaosCluster(LocalCluster):
         server = self._server(name)
         pid = server.pid
         await server.kill()
-        self._guard.forget(pid)
+        if pid is not None:
+            self._guard.forget(pid)
 
     async def restart_server(self, name: str) -> None:
         await self._start_server(self._server(name))
 
-    def _server(self, name: str) -> NatsServer:
-        return next(server for server in self._servers if server.folder.name == name)
+    def _server(self, name: str) -> Server:
+        return next(server for server in self._servers if server.name == name)
 
     # ---- who is who ----
 
     @property
     def server_names(self) -> list[str]:
-        return [server.folder.name for server in self._servers]
+        return [server.name for server in self._servers]
 
     async def primary(self, db: Client) -> str:
         shards = (await db.map())["shards"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import bus_kv
 from bus_kv.cli.chaos_checker import Verdict, check, check_linearizable
-from bus_kv.cli.chaos_cluster import FAILURES, ChaosCluster
+from bus_kv.cli.chaos_cluster import FAILURES, ChaosCluster, server_processes
 from bus_kv.cli.chaos_history import Call, Evidence, Logged, Outcome
 from bus_kv.cli.chaos_load import Load
 from bus_kv.cli.local_cluster import ClusterError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from bus_kv.cli.chaos_cluster import Server
     from bus_kv.cli.chaos_faults import Fault
     from bus_kv.client.client import Client
 
@@ -120,10 +121,14 @@ def percentile(ascending: Sequence[float], percent: float) -> float | None:
 
 
 class Trial:
-    """One fault in one cluster, whose data stay in `folder`."""
+    """One fault in one cluster, whose data stay in `folder`; with `servers` these, not processes of its own."""
 
-    def __init__(self, folder: Path, fault: Fault, plan: Plan, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, fault: Fault, plan: Plan, note: Callable[[str], None],
+        servers: Sequence[Server] = (),
+    ) -> None:  # fmt: skip
         self._folder, self._fault, self._plan, self._note = folder, fault, plan, note
+        self._servers = servers or server_processes(folder, fault.servers)
         self._random = random.Random(f"{plan.seed}/{fault.name}")
         self._load = Load(plan.keys, plan.shards, f"{plan.seed}/{fault.name}")
         self._report = Report(fault.name, self._load.calls)
@@ -131,7 +136,7 @@ class Trial:
     async def run(self) -> Report:
         """Raises ClusterError and the like when processes cannot be started; what happens later is in the report."""
         cluster = ChaosCluster(
-            self._folder, servers=self._fault.servers, links=self._fault.links,
+            self._folder, servers=self._servers, links=self._fault.links,
             shards=self._plan.shards, knobs=self._plan.knobs,
         )  # fmt: skip
         async with cluster, bus_kv.connect(options=cluster.connection) as db:

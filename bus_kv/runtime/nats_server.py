@@ -151,6 +151,10 @@ class NatsServer:
         await self.stop()
 
     @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
     def url(self) -> str:
         """`nats://host:port`, known once started."""
         assert self._port is not None
@@ -326,7 +330,7 @@ class NatsCluster:
     @property
     def pids(self) -> dict[str, int]:
         """Process ids by server name."""
-        return {server.folder.name: server.pid for server in self.servers}
+        return {server.name: server.pid for server in self.servers}
 
     async def start(self) -> None:
         """Start all and wait until they accept clients; JetStream elects its leader after that.

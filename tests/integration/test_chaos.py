@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
+from bus_kv.cli.chaos_faults import FAULTS
+from bus_kv.cli.chaos_run import Plan, Trial
+from bus_kv.runtime.nats_server import NatsServerMissing
 from tests.support.command import run_module
+from tests.support.nats import container_servers
 
 pytestmark = pytest.mark.usefixtures("nats_binary")
 
@@ -54,6 +58,22 @@ async def test_every_shard_of_a_dead_node_is_taken_over(tmp_path: Path):
     assert (document["shards"], report["violations"]) == (120, [])
     assert report["injections"][0]["accepted_s"] > 0
     assert "kill-primary" in ran.text
+
+
+async def test_jetstream_may_lose_its_leader(tmp_path: Path) -> None:
+    """Servers in containers where Docker runs and has an image of them, processes elsewhere."""
+    plan = Plan(operations=2000, times=1, keys=16, shards=1, seed=1, knobs={"lease_s": 1})
+    fault = FAULTS["lose-jetstream-leader"]
+    try:
+        async with container_servers(fault.servers) as servers:
+            report = await Trial(tmp_path, fault, plan, lambda _: None, servers).run()
+    except NatsServerMissing:
+        report = await Trial(tmp_path, fault, plan, lambda _: None).run()
+    assert report.verdict.violations == []
+    assert len(report.calls) >= 2000
+    (injection,) = report.injections
+    assert injection.targets[0].startswith("nats-")
+    assert injection.accepted_s is not None
 
 
 async def test_an_unknown_fault_is_refused_with_the_names_of_all(tmp_path: Path):
