@@ -39,6 +39,10 @@ class Load:
         """Whether workers pause between calls: there is always some load, but it should not outgrow its history."""
         self._keys = [*map(hot_key, range(keys))]
         self._shard_of = {key: min(i, shards - 1) for i, key in enumerate(self._keys)}
+        self._keys_of: dict[int, list[bytes]] = {}
+        for key, shard in self._shard_of.items():
+            self._keys_of.setdefault(shard, []).append(key)
+        self._workers_each = max(WORKERS_EACH, -(-len(self._keys_of) // CLIENTS))
         self._known: dict[bytes, Version] = {}
         """The newest version that any worker was told of."""
         self._seed = seed
@@ -65,9 +69,11 @@ class Load:
                 for name in names
             ]
             async with asyncio.TaskGroup() as group:
-                for name, db in zip(names, clients, strict=True):
-                    for i in range(WORKERS_EACH):
-                        group.create_task(self._work(name, db, i))
+                for first, (name, db) in enumerate(zip(names, clients, strict=True)):
+                    for i in range(self._workers_each):
+                        # Every shard has a worker that writes to it alone.
+                        shard = (first * self._workers_each + i) % len(self._keys_of)
+                        group.create_task(self._work(name, db, i, shard))
                 try:
                     yield
                 except FAILURES as error:
@@ -77,15 +83,23 @@ class Load:
             raise failure
 
     def accepted_ns(self, after_ns: int) -> int | None:
-        """When the first write that was invoked after this moment had been acknowledged in every shard; None: never."""
-        first_ns: dict[int, int] = {}
-        for call in self.calls:
-            if call.is_acknowledged_write and call.invoked_ns > after_ns:
-                assert call.returned_ns is not None
+        """When every shard had acknowledged a write since this moment; None: not all have.
+
+        A write that was invoked after it, or that an epoch has taken which had taken none before.
+        """
+        writes = [call for call in self.calls if call.is_acknowledged_write]
+        last_epoch = dict.fromkeys(self._keys_of, 0)
+        for call in writes:
+            if call.returned_ns is not None and call.returned_ns <= after_ns:
                 shard = self._shard_of[call.key]
+                last_epoch[shard] = max(last_epoch[shard], _epoch(call))
+        first_ns: dict[int, int] = {}
+        for call in writes:
+            shard = self._shard_of[call.key]
+            if call.invoked_ns > after_ns or _epoch(call) > last_epoch[shard] > 0:
+                assert call.returned_ns is not None
                 first_ns[shard] = min(first_ns.get(shard, call.returned_ns), call.returned_ns)
-        is_everywhere = first_ns.keys() == self._accepted_ns.keys()
-        return max(first_ns.values()) if is_everywhere else None
+        return max(first_ns.values()) if first_ns.keys() == self._keys_of.keys() else None
 
     async def until_more(self, count: int) -> None:
         """Return when so many more calls have returned."""
@@ -109,13 +123,14 @@ class Load:
 
     # ---- one worker ----
 
-    async def _work(self, name: str, db: Client, number: int) -> None:
+    async def _work(self, name: str, db: Client, number: int, shard: int) -> None:
         rng = random.Random(f"{self._seed}/{name}/{number}")
         level = "all" if number < _ALL_WORKERS_EACH else "quorum"
         count = 0
         while not self._stopping.is_set():
             count += 1
-            call = self._choose(rng, name, level, f"{name}/{number}/{count}".encode())
+            value = f"{name}/{number}/{count}".encode()
+            call = self._choose(rng, name, level, value, self._keys_of[shard])
             self.calls.append(call)
             await self._do(db, call)
             self._returned += 1
@@ -123,9 +138,11 @@ class Load:
             if self.is_slow:
                 await asyncio.sleep(_SLOW_PAUSE_S)
 
-    def _choose(self, rng: random.Random, name: str, level: str, value: bytes) -> Call:
-        key = rng.choice(self._keys)
+    def _choose(
+        self, rng: random.Random, name: str, level: str, value: bytes, writes_to: list[bytes]
+    ) -> Call:
         what = rng.choices([*_SHARES], [*_SHARES.values()])[0]
+        key = rng.choice(self._keys if what == "get" else writes_to)
         now_ns = monotonic_ns()
         known = self._known.get(key)
         if what == "get":
@@ -167,6 +184,10 @@ class Load:
             call.outcome, call.version = Outcome.DONE, (epoch, seq)
         elif error.definite:
             call.outcome = Outcome.REFUSED
+
+
+def _epoch(call: Call) -> int:
+    return call.version[0] if call.version is not None else 0
 
 
 async def _send(db: Client, call: Call) -> Receipt | Entry:

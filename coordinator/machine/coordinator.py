@@ -56,7 +56,7 @@ from coordinator.machine.plan import Heard, next_map
 from coordinator.machine.roles import whom_to_ask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from bus_kv.core.machine import Effect, Event
     from bus_kv.protocol.messages import Heartbeat
@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from bus_kv.subjects import Subjects
 
 MAP_KEY = "map"
+SEALS_MAX = 64
+"""In one message: each holds a shard's record, with a range of up to two keys."""
+NOT_UNDERSTOOD = (KeyError, TypeError, ValueError, AttributeError)
 ANSWERS_MAX = 10_000
 """Questions that are remembered until they are answered; some never are."""
 
@@ -352,19 +355,11 @@ class CoordinatorMachine:
     def _ask_for_maps(self) -> None:
         """Have every node tell the newest map that it remembers (R10)."""
         for node in sorted(self._heard.beats):
-            correlation = self._next_correlation()
-            self._answers[correlation] = self._on_remembered
-            subject = self.config.subjects.node_inbox(node)
-            body = encode_cbor({"type": "remembered"})
-            self._effects.append(Request(correlation, subject, body))
+            self._ask(node, {"type": "remembered"}, self._on_remembered)
 
-    def _on_remembered(self, body: bytes | None) -> None:
-        try:
-            fields = decode_cbor(body or b"")
-            map = from_document(fields["map"])
-            records = [shard_from_document(record) for record in fields["records"]]
-        except (BusKVError, KeyError, TypeError, ValueError, AttributeError):
-            return
+    def _on_remembered(self, fields: dict[str, Any]) -> None:
+        map = from_document(fields["map"])
+        records = [shard_from_document(record) for record in fields["records"]]
         for record in records:
             known = self._heard.records.get(record.id)
             if record.state is ShardState.ACTIVE and (not known or record.epoch > known.epoch):
@@ -488,14 +483,46 @@ class CoordinatorMachine:
     def _drive(self, *attempts: Attempt) -> None:
         """Say what is still to be said; what stays unanswered is said again."""
         retry_ns = self.now_ns + self.knobs.step_retry_ms * MILLISECOND_NS
+        seals: dict[str, list[tuple[Attempt, Member, dict[str, Any]]]] = {}
         for attempt in attempts:
             for member, fields in attempt.messages():
-                correlation = self._next_correlation()
-                self._answers[correlation] = partial(self._on_answer, attempt, member)
-                subject = self.config.subjects.node_inbox(member.node)
-                self._effects.append(Request(correlation, subject, encode_cbor(fields)))
+                if fields["type"] == "seal":
+                    seals.setdefault(member.node, []).append((attempt, member, fields))
+                else:
+                    self._ask(member.node, fields, partial(self._on_answer, attempt, member))
             attempt.retry_ns = retry_ns
+        for node, asked in seals.items():
+            for first in range(0, len(asked), SEALS_MAX):
+                self._seal(node, asked[first : first + SEALS_MAX])
         self._timers.start_once("attempts", retry_ns)
+
+    def _seal(self, node: str, asked: Sequence[tuple[Attempt, Member, dict[str, Any]]]) -> None:
+        """Ask a node to promise, for all these attempts at once."""
+
+        def on_answers(answer: dict[str, Any]) -> None:
+            answers = [answer] if len(asked) == 1 else answer["items"]
+            for (attempt, member, _), fields in zip(asked, answers, strict=True):
+                if fields:
+                    self._on_answer(attempt, member, fields)
+
+        seals = [fields for _, _, fields in asked]
+        message = seals[0] if len(seals) == 1 else {"type": "seals", "items": seals}
+        self._ask(node, message, on_answers)
+
+    def _ask(
+        self, node: str, fields: dict[str, Any], then: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Ask a node; what does not come or is not understood is as good as lost."""
+
+        def on_answer(body: bytes | None) -> None:
+            with contextlib.suppress(BusKVError, *NOT_UNDERSTOOD):
+                if body is not None:
+                    then(decode_cbor(body))
+
+        correlation = self._next_correlation()
+        self._answers[correlation] = on_answer
+        subject = self.config.subjects.node_inbox(node)
+        self._effects.append(Request(correlation, subject, encode_cbor(fields)))
         while len(self._answers) > ANSWERS_MAX:
             del self._answers[next(iter(self._answers))]
 
@@ -506,16 +533,12 @@ class CoordinatorMachine:
         if unfinished:
             self._timers.start("attempts", min(a.retry_ns for a in unfinished))
 
-    def _on_answer(self, attempt: Attempt, member: Member, body: bytes | None) -> None:
-        if self._attempts.get(attempt.shard.id) is not attempt or body is None:
+    def _on_answer(self, attempt: Attempt, member: Member, fields: dict[str, Any]) -> None:
+        if self._attempts.get(attempt.shard.id) is not attempt:
             return
         sealed_before, opened_before = attempt.is_sealed, attempt.opened
-        try:
-            fields = decode_cbor(body)
-            attempt.on_answer(member, fields)
-            promised_epoch = refused_with(fields)
-        except (BusKVError, KeyError, TypeError, ValueError):
-            return
+        attempt.on_answer(member, fields)
+        promised_epoch = refused_with(fields)
         if attempt.is_sealed and not sealed_before:
             attempt.sealed_ns = self.now_ns
         if attempt.opened and not opened_before:

@@ -36,6 +36,7 @@ class Control:
             handle = {
                 "hello": self._on_hello,
                 "seal": self._on_seal,
+                "seals": self._on_seals,
                 "open": self._on_open,
                 "active": self._on_active,
                 "fetch": self._on_fetch,
@@ -71,6 +72,14 @@ class Control:
     def _on_hello(self, fields: dict[str, Any], reply: Reply) -> None:
         if tuple(fields["run"]) != self._node.config.run:
             reply({"type": "here", "run": self._node.config.run})
+
+    def _on_seals(self, fields: dict[str, Any], reply: Reply) -> None:
+        """Several of them, answered together in their order once all are durable."""
+        items = [*fields["items"]]
+        answers: list[dict[str, Any]] = [{} for _ in items]
+        for answer, item in zip(answers, items, strict=True):
+            self._on_seal(item, answer.update)
+        self._node.when_durable(lambda: reply({"type": "seals", "items": answers}))
 
     def _on_seal(self, fields: dict[str, Any], reply: Reply) -> None:
         """Step 2: promise, durably, and report how far the log goes: all that was or will be acknowledged (R1)."""

@@ -200,8 +200,11 @@ class Cluster:
         if body[:1] == b"{":
             return
         fields = cbor2.loads(message.body)
-        if fields.get("type") not in ("sealed", "opened"):
-            return
+        for told in fields["items"] if fields.get("type") == "seals" else [fields]:
+            if told.get("type") in ("sealed", "opened"):
+                self._check_told(process, told)
+
+    def _check_told(self, process: Process, fields: dict[str, Any]) -> None:
         assert process.disk is not None
         row = process.disk.replicas.get(fields["shard"])
         told = (fields["epoch"], fields["token"])

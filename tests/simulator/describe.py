@@ -110,6 +110,7 @@ _DESCRIBE: dict[Any, Any] = {
     "append": _append,
     "told": _told,
     "seal": _seal,
+    "seals": lambda f: "; ".join([_what("", item) for item in f["items"] if item]),
     "sealed": lambda f: f"sealed epoch {f['epoch']}, the log ends at {_place(f['last'])}",
     "open": lambda f: f"open epoch {f['record']['epoch']}, longest log {_place(f['best'])} at {f['source'][0]}",
     "opened": lambda f: f"epoch {f['epoch']} is open",

@@ -294,12 +294,12 @@ def test_all_shards_of_a_dead_node_change_hands_in_one_change_of_the_map() -> No
 class Coordinator:
     """An active coordinator over a map in which n1, the primary of s1, has just restarted."""
 
-    def __init__(self, knobs: Knobs | None = None) -> None:
+    def __init__(self, knobs: Knobs | None = None, map: ShardMap | None = None) -> None:
         tokens = count()
         config = CoordinatorConfig("c1", Subjects("x"), lambda: f"token{next(tokens)}")
         self.machine = CoordinatorMachine(config, knobs or Knobs())
         self.now_ns = SECOND_NS
-        self.map = map_of(shard_of(), nodes=3)
+        self.map = map or map_of(shard_of(), nodes=3)
         self.machine.start(self.now_ns)
         self.answer(self.take(StoreGet), 0, None)
         cas = self.take(StoreCas)
@@ -310,7 +310,9 @@ class Coordinator:
     def beat(self) -> None:
         statuses = {1: "restarted", 2: "following", 3: "following"}
         for node, status in statuses.items():
-            body = encode_json(beat(node, shard_of(), status).to_wire())
+            heartbeat = beat(node, shard_of(), status)
+            reports = [replace(heartbeat.shards[0], id=id) for id in self.map.shards]
+            body = encode_json(replace(heartbeat, shards=reports).to_wire())
             self.step(Received("heartbeat", f"n{node}", body))
 
     def step(self, event: Any) -> None:
@@ -472,6 +474,48 @@ def test_a_seal_report_covers_what_is_still_on_its_way_to_the_disk() -> None:
     node.step(AppendCompleted(ready.append.ticket), SECOND_NS)
     (report,) = replies(node.take_ready(SECOND_NS).effects)
     assert (report["type"], report["last"]) == ("sealed", [5, 1])
+
+
+def test_all_shards_of_a_takeover_are_sealed_by_one_message_to_each_member() -> None:
+    shards = {id: shard_of(id=id) for id in ("s1", "s2")}
+    coordinator = Coordinator(map=replace(map_of(shard_of(), nodes=3), shards=shards))
+    cas = coordinator.take(StoreCas)
+    coordinator.answer(cas, 3, cas.document)
+    asked = [effect for effect in coordinator.effects() if isinstance(effect, Request)]
+    bodies = [decode_cbor(request.body) for request in asked]
+    assert [body["type"] for body in bodies] == ["seals"] * 3
+    records = [item["record"] for item in bodies[1]["items"]]
+    assert [record["id"] for record in records] == ["s1", "s2"]
+    sealed = [
+        {"type": "sealed", "epoch": r["epoch"], "token": r["token"], "last": [5, 10]}
+        for r in records
+    ]
+    for request, items in zip(asked[:2], (sealed, [{}, sealed[1]]), strict=True):
+        answer = encode_cbor({"type": "seals", "items": items})
+        coordinator.step(Responded(request.correlation, answer))
+    opened = [effect for effect in coordinator.effects() if isinstance(effect, Request)]
+    assert [decode_cbor(r.body)["record"]["id"] for r in opened] == ["s2"], "s1 has one promise"
+
+
+def test_promises_that_are_asked_for_together_are_told_together_once_they_are_durable() -> None:
+    node = NodeMachine(NodeConfig("n2", "i2", (1, "r"), Subjects("x"), 1 << 20), Knobs())
+    for id in ("s1", "s2"):
+        node.new_replica(shard_of(id=id)).promise(5, "t5")
+    later = [
+        plan.reconfigured(shard_of(id=id), Roles(MEMBERS[1:3], "n2"), 6, f"t{id}")
+        for id in ("s1", "s2", "s3")
+    ]
+    items = [{"record": shard_to_document(record), "incarnation": "i2"} for record in later]
+    message = encode_cbor({"type": "seals", "items": items})
+    node.step(Received("node", "n2", message, "reply"), SECOND_NS)
+    ready = node.take_ready(SECOND_NS)
+    assert replies(ready.effects) == []
+    assert ready.append is not None
+    assert [row.promised_epoch for row in ready.append.replicas] == [6, 6]
+    node.step(AppendCompleted(ready.append.ticket), SECOND_NS)
+    (answer,) = replies(node.take_ready(SECOND_NS).effects)
+    told = [(item["type"], item.get("token")) for item in answer["items"]]
+    assert told == [("sealed", "ts1"), ("sealed", "ts2"), ("refused", None)]
 
 
 def replies(effects: list[Any]) -> list[dict[str, Any]]:
