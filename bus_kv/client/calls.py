@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SLOW_VERBS = ("history", "scan", "sql")
 WRITING_VERBS = ("put", "delete", "batch")
+ADMIN_READING_VERBS = ("check", "failovers")
+"""Of administration: what may be asked again, because it changes nothing."""
 _PAUSE_NS = 30 * MILLISECOND_NS
 
 
@@ -32,14 +34,18 @@ class Call(Fate):
     deadline_ns: int
     attempt_ns: int
     """How long an attempt may take."""
-    once: bool = False
-    """For the coordinator: asking again could do it twice."""
+    to_coordinator: bool = False
+    """The active one; standbys listen, and do not answer."""
     give_up_ns: int = 0
     attempts: int = 0
 
     @property
     def is_read(self) -> bool:
         return self.verb not in WRITING_VERBS
+
+    @property
+    def is_repeatable(self) -> bool:
+        return not self.to_coordinator or self.verb in ADMIN_READING_VERBS
 
 
 def patience_ns(verb: str, knobs: Knobs) -> tuple[int, int]:
@@ -91,8 +97,12 @@ class Calls:
         return None
 
     def _on_reply(self, call: Call, body: bytes | None, now_ns: int) -> None:
+        if body is None and call.to_coordinator:
+            reason = "no coordinator answers: start one (bus-kv serve coordinator)"
+            return self._finish(call.token, NoCoordinator(reason))
         if body is None:
-            return self._again(call, _nobody(call), now_ns)
+            nobody = ShardUnavailable("no node of the cluster answers")
+            return self._again(call, nobody, now_ns)
         fields = decode_cbor(body)
         if "code" in fields:
             return self._again(call, from_body(fields), now_ns)
@@ -105,7 +115,7 @@ class Calls:
         call.attempts += 1
         call.note(failure)
         at_ns = now_ns + pause_ns(call.attempts, self._knobs)
-        if call.once or not failure.retriable or at_ns >= call.deadline_ns:
+        if not (call.is_repeatable and failure.retriable) or at_ns >= call.deadline_ns:
             return self._finish(call.token, call.verdict(failure))
         self._pauses += 1
         heapq.heappush(self._paused, (at_ns, self._pauses, call))
@@ -126,7 +136,10 @@ class Calls:
             self.send(heapq.heappop(self._paused)[2], now_ns)
 
     def _on_silence(self, call: Call, now_ns: int) -> None:
-        if call.once:
+        if call.to_coordinator:
+            # By now a standby may have become the active one.
+            if call.is_repeatable and now_ns + call.attempt_ns <= call.deadline_ns:
+                return self.send(call, now_ns)
             return self._finish(call.token, _no_coordinator_in_time())
         call.abandon()
         return self._again(call, ShardUnavailable("no node has answered in time"), now_ns)
@@ -135,12 +148,6 @@ class Calls:
 def _judged(call: Call, result: dict[str, Any]) -> dict[str, Any]:
     """One result of a batch: after an attempt without an answer its failure may not be the whole truth."""
     return call.verdict(from_body(result)).to_body() if "code" in result else result
-
-
-def _nobody(call: Call) -> BusKVError:
-    if call.once:
-        return NoCoordinator("no coordinator answers: start one (bus-kv serve coordinator)")
-    return ShardUnavailable("no node of the cluster answers")
 
 
 def _no_coordinator_in_time() -> BusKVError:

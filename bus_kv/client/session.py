@@ -18,7 +18,14 @@ from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from bus_kv.client.calls import WRITING_VERBS, Call, Calls, patience_ns, pause_ns
+from bus_kv.client.calls import (
+    ADMIN_READING_VERBS,
+    WRITING_VERBS,
+    Call,
+    Calls,
+    patience_ns,
+    pause_ns,
+)  # fmt: skip
 from bus_kv.client.lane import Columns, Lane, Operation, Sent, columns_of, operations_of
 from bus_kv.client.primaries import Primaries
 from bus_kv.client.results import Entry, Fates, ReadState, Receipt
@@ -163,10 +170,14 @@ class Session:
         return self._begin_call(call, now_ns)
 
     def administer(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
-        """Ask the active coordinator, once: asking again could do it twice."""
+        """Ask the active coordinator; what changes something once, because asking again could do it twice."""
         timeout_ns = int(self._knobs.admin_timeout_s * SECOND_NS)
+        attempt_ns = timeout_ns
+        if verb in ADMIN_READING_VERBS:
+            attempt_ns = self._knobs.client_attempt_ms * MILLISECOND_NS
         subject, body = self._subjects.admin(verb), encode_cbor(fields)
-        call = Call(verb, subject, body, token, now_ns + timeout_ns, timeout_ns, once=True)
+        deadline_ns = now_ns + timeout_ns
+        call = Call(verb, subject, body, token, deadline_ns, attempt_ns, to_coordinator=True)
         return self._begin_call(call, now_ns)
 
     def _begin_call(self, call: Call, now_ns: int) -> None:

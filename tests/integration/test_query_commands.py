@@ -251,8 +251,7 @@ async def test_history_is_what_was_written_newest_first(command: Command, db: Cl
 
 
 async def test_a_long_history_comes_in_pages(db: Client):
-    for i in range(2500):
-        await db.put("long", str(i))
+    await asyncio.gather(*[db.put("long", str(i)) for i in range(2500)])
     values = [version.value async for version in db.history("long")]
     assert values == [str(i).encode() for i in reversed(range(2500))]
 

@@ -19,7 +19,7 @@ FOLD_AT_ONCE: dict[str, Any] = {
     "log_bytes_max": 20_000,
 }
 NEVER_MS = 10**13
-KILLS = 12
+KILLS = 6
 
 
 @pytest.fixture

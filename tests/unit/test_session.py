@@ -247,6 +247,22 @@ def test_administration_is_asked_for_once() -> None:
     assert isinstance(outcome, OutcomeUnknown)
 
 
+def test_what_only_reads_is_asked_again_until_a_standby_has_become_active() -> None:
+    client = Client()
+    client.session.administer("failovers", {}, "token", client.now_ns)
+    client.sent()
+    (again,) = client.later(Knobs().client_attempt_ms)
+    client.answer(again, Overloaded("later").to_body())
+    (third,) = client.later(1000)
+    client.answer(third, {"failovers": []})
+    assert client.outcomes == [{"failovers": []}]
+    client.session.administer("failovers", {}, "token", client.now_ns)
+    client.sent()
+    for _ in range(7):
+        client.later(Knobs().client_attempt_ms)
+    assert isinstance(client.outcomes[1], OutcomeUnknown)
+
+
 def test_a_refusal_of_administration_is_told_and_not_repeated() -> None:
     client = Client()
     client.session.administer("failover", {"shard": "s1"}, "token", client.now_ns)

@@ -26,7 +26,7 @@ from tests.support.state import (
     puts,
 )
 
-ROUNDS = 20
+ROUNDS = 10
 CHECKPOINT_WAL_BYTES = 60_000
 CHILD_WITHIN_S = 60.0
 FILE = "state.duckdb"
