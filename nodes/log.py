@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: the shards of the map have a table of their own."""
 LOG_NAME = "log.sqlite"
 LOCK_NAME = "LOCK"
 STALL_RETRY_S = 0.2
@@ -67,6 +68,7 @@ CREATE TABLE cuts (
     shard TEXT NOT NULL, last INTEGER NOT NULL, epoch INTEGER NOT NULL,
     checksum INTEGER NOT NULL, body BLOB NOT NULL, cut_epoch INTEGER NOT NULL
 );
+CREATE TABLE map_shards (shard TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
 """
 """`cuts` keeps what was taken out of the log because the epoch `cut_epoch` began with another one, until the
 primary has written down that it was rolled back."""
@@ -143,12 +145,23 @@ class NodeLog:
                 f"{self.path} has format {version}, newer than the {FORMAT_VERSION} this release "
                 "reads; start the release that wrote it"
             )
+        if version < FORMAT_VERSION:
+            self._upgrade(json.loads(meta.get("map", "{}")).get("shards", {}))
         if meta["node"] != node:
             raise DiskError(
                 f"{self._directory} belongs to node {meta['node']}, not {node}; "
                 "use that --id or another --data"
             )
         return meta["incarnation"]
+
+    def _upgrade(self, shards: dict[str, Any]) -> None:
+        """From format 1: the map was one row, which goes on as what is not about shards."""
+        self._db.execute("BEGIN")
+        self._db.execute(next(s for s in _SCHEMA.split(";") if "map_shards" in s))
+        self._put_map(shards, head=None)
+        version = [str(FORMAT_VERSION)]
+        self._db.execute("UPDATE meta SET value = ? WHERE name = 'format_version'", version)
+        self._db.execute("COMMIT")
 
     def next_run(self, now_ms: int) -> int:
         """The number of this life of the process: the time, but greater than any before, whatever the clock did."""
@@ -166,10 +179,12 @@ class NodeLog:
         """The newest shard map that the node has seen (R10)."""
         try:
             row = self._db.execute("SELECT value FROM meta WHERE name = 'map'").fetchone()
+            shards = self._db.execute("SELECT shard, record FROM map_shards").fetchall()
         except sqlite3.Error as error:
             raise _explain(self.path, error) from None
-        document: dict[str, Any] | None = json.loads(row[0]) if row else None
-        return document
+        if row is None:
+            return None
+        return {**json.loads(row[0]), "shards": {id: json.loads(record) for id, record in shards}}
 
     def replicas(self) -> list[ReplicaRow]:
         """Every replica that this node has promised anything for. Raises DiskError."""
@@ -356,7 +371,7 @@ class NodeLog:
             for append in group
             for columns in map(_columns, append.replicas)
         ]
-        maps = [json.dumps(append.map) for append in group if append.map is not None]
+        maps = [append.map for append in group if append.map is not None]
         if not (rows or replicas or maps):
             return  # somebody waits for what was appended before, and that is done
         plain = not (replicas or maps or any(isinstance(row, CutRow) for row in rows))
@@ -374,13 +389,22 @@ class NodeLog:
                     insert = "INSERT INTO entries VALUES (?,?,?,?,?)"
                     self._db.executemany(insert, map(_entry_columns, run))  # type: ignore[arg-type]
             self._db.executemany("INSERT OR REPLACE INTO replicas VALUES (?,?,?,?,?,?,?)", replicas)
-            for text in maps[-1:]:
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('map', ?)", (text,))
+            for change in maps:
+                self._put_map(change["shards"], {**change, "shards": {}})
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise _explain(self.path, error) from None
+
+    def _put_map(self, shards: dict[str, Any], head: dict[str, Any] | None) -> None:
+        """Write records of shards, None for one that is gone, and the rest of the map."""
+        gone = [(id,) for id, record in shards.items() if record is None]
+        records = [(id, json.dumps(record)) for id, record in shards.items() if record is not None]
+        self._db.executemany("DELETE FROM map_shards WHERE shard = ?", gone)
+        self._db.executemany("INSERT OR REPLACE INTO map_shards VALUES (?, ?)", records)
+        if head is not None:
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('map', ?)", (json.dumps(head),))
 
     def _cut(self, cuts: Iterable[CutRow]) -> None:
         for cut in cuts:

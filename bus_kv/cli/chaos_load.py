@@ -130,7 +130,10 @@ class Load:
         while not self._stopping.is_set():
             count += 1
             value = f"{name}/{number}/{count}".encode()
-            call = self._choose(rng, name, level, value, self._keys_of[shard])
+            what = rng.choices([*_SHARES], [*_SHARES.values()])[0]
+            if count % 2 and len(self._keys_of) > 1:
+                what = "put"  # else it would take its only writer a while to find out that it is served
+            call = self._choose(rng, what, name, level, value, self._keys_of[shard])
             self.calls.append(call)
             await self._do(db, call)
             self._returned += 1
@@ -139,9 +142,9 @@ class Load:
                 await asyncio.sleep(_SLOW_PAUSE_S)
 
     def _choose(
-        self, rng: random.Random, name: str, level: str, value: bytes, writes_to: list[bytes]
-    ) -> Call:
-        what = rng.choices([*_SHARES], [*_SHARES.values()])[0]
+        self, rng: random.Random, what: str, name: str, level: str, value: bytes,
+        writes_to: list[bytes],
+    ) -> Call:  # fmt: skip
         key = rng.choice(self._keys if what == "get" else writes_to)
         now_ns = monotonic_ns()
         known = self._known.get(key)

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     Outcome: TypeAlias = Entry | Receipt | dict[str, Any] | BusKVError
     Done: TypeAlias = Callable[[Sequence[Any], Sequence[Outcome]], None]
 
+ROUTES_NEW_NS = 100 * MILLISECOND_NS
+"""Routes that were told so lately are not asked for again."""
 SETTLE_NS = 5 * MILLISECOND_NS
 """How long after a change of the map what waits is sent again."""
 _by_number = attrgetter("number")
@@ -90,6 +92,8 @@ class Session:
         self._calls = Calls(self._request, self._finish, knobs)
         self._unrouted: list[Operation] = []
         self._paused: list[tuple[int, int, Operation]] = []
+        self._routes_ns = -ROUTES_NEW_NS
+        """When the routes were told last."""
         self._fetch: int | None = None
         self._fetch_ns = 0
         self._fetch_cached = False
@@ -509,7 +513,7 @@ class Session:
         at_ns = now_ns + pause_ns(operation.attempts, self._knobs)
         if not failure.retriable or at_ns >= operation.deadline_ns:
             return self._finish(operation.token, operation.verdict(failure))
-        if failure.refreshes_map:
+        if failure.refreshes_map and now_ns - self._routes_ns >= ROUTES_NEW_NS:
             self.fetch_routes(now_ns)
         heapq.heappush(self._paused, (at_ns, self._next_order(), operation))
         return None
@@ -549,9 +553,10 @@ class Session:
             self._fetch_ns = now_ns + self._knobs.client_pause_ms_max * MILLISECOND_NS // 2
             return
         routes = routes_from_public(fields)
+        # The next time a node's own copy may do, unless that is what has brought nothing new.
+        self._fetch_cached = self.routes is None or routes.map_version > self.routes.map_version
         if self.routes is None or routes.map_version >= self.routes.map_version:
             self._take_routes(routes, now_ns)
-        self._fetch_cached = False
         waiting, self._unrouted = self._unrouted, []
         for operation in waiting:
             self._route(operation, now_ns)
@@ -575,7 +580,7 @@ class Session:
     def _take_routes(self, routes: Routes, now_ns: int) -> None:
         """What waits, and what nobody answers, is soon routed again."""
         is_new = self.routes is None or routes.map_version > self.routes.map_version
-        self.routes = routes
+        self.routes, self._routes_ns = routes, now_ns
         self._near.clear()
         if not is_new:
             return

@@ -413,7 +413,7 @@ class Append:
     """In this order."""
     replicas: list[ReplicaRow]
     map: dict[str, Any] | None = None
-    """The newest shard map, when it has changed (R10)."""
+    """What of the shard map has changed (R10): see `document_change`."""
 
 
 @dataclass(frozen=True, slots=True)

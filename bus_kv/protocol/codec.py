@@ -85,7 +85,11 @@ def encode_body(codec: Codec, value: dict[str, Any]) -> bytes:
 
 def encode_json(value: dict[str, Any]) -> bytes:
     """Encode as JSON text; byte fields become UTF-8 text, or base64 under `<name>_b64`."""
-    return json.dumps(to_json(value), ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except TypeError:  # it has bytes
+        text = json.dumps(to_json(value), ensure_ascii=False, separators=(",", ":"))
+    return text.encode()
 
 
 def to_json(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from bus_kv.errors import BusKVError, MalformedRequest
@@ -64,7 +64,8 @@ class Heartbeat:
 
     def to_wire(self) -> dict[str, Any]:
         wire = {name: getattr(self, name) for name in _HEARTBEAT}
-        return wire | {"shards": [asdict(report) for report in self.shards]}
+        reports = [{name: getattr(r, name) for name in _REPORT} for r in self.shards]
+        return wire | {"shards": reports}
 
 
 def heartbeat_from_wire(wire: dict[str, Any]) -> Heartbeat:

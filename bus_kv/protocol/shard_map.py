@@ -207,7 +207,7 @@ def delta(old: ShardMap, new: ShardMap) -> dict[str, Any]:
         "last_epoch": new.last_epoch,
         "keyspaces": {name: asdict(k) for name, k in sorted(new.keyspaces.items())},
         "shards": [
-            _delta_shard(s) for id, s in sorted(new.shards.items()) if old.shards.get(id) != s
+            _delta_shard(s) for s in sorted(changed_shards(old, new), key=lambda shard: shard.id)
         ],
         "removed": sorted(old.shards.keys() - new.shards.keys()),
         "nodes": [public_node(n) for id, n in sorted(new.nodes.items()) if old.nodes.get(id) != n],
@@ -270,15 +270,37 @@ _SAME_IN_DELTA = (
 
 def to_document(map: ShardMap) -> dict[str, Any]:
     """The document of the store, JSON-ready."""
+    return document_change(ShardMap(), map)
+
+
+def document_change(old: ShardMap, new: ShardMap) -> dict[str, Any]:
+    """The document of `new` with those shards only that `old` has not the same; None in place of one that is gone."""
+    changed = changed_shards(old, new)
+    gone = dict.fromkeys(sorted(old.shards.keys() - new.shards.keys()))
     return {
-        "map_version": map.map_version,
-        "last_epoch": map.last_epoch,
-        "writer": map.writer,
-        "keyspaces": {name: asdict(keyspace) for name, keyspace in map.keyspaces.items()},
-        "shards": {id: shard_to_document(shard) for id, shard in map.shards.items()},
-        "nodes": {id: _node_document(node) for id, node in map.nodes.items()},
-        "settings": map.settings and asdict(map.settings),
+        "map_version": new.map_version,
+        "last_epoch": new.last_epoch,
+        "writer": new.writer,
+        "keyspaces": {name: asdict(keyspace) for name, keyspace in new.keyspaces.items()},
+        "shards": {shard.id: shard_to_document(shard) for shard in changed} | gone,
+        "nodes": {id: _node_document(node) for id, node in new.nodes.items()},
+        "settings": new.settings and asdict(new.settings),
     }
+
+
+def document_after(document: dict[str, Any] | None, change: dict[str, Any]) -> dict[str, Any]:
+    """The document that a change leads to."""
+    shards = (document or {}).get("shards", {}) | change["shards"]
+    return {**change, "shards": {id: record for id, record in shards.items() if record is not None}}
+
+
+def changed_shards(old: ShardMap, new: ShardMap) -> list[Shard]:
+    """Those of `new` that `old` has not the same."""
+    before = old.shards
+    return [
+        shard for id, shard in new.shards.items()
+        if before.get(id) is not shard and before.get(id) != shard
+    ]  # fmt: skip
 
 
 def _node_document(node: Node) -> dict[str, Any]:

@@ -143,8 +143,17 @@ class Driver:
         if ready.append is not None:
             assert self._log is not None
             self._log.append(ready.append)
+        leaving: list[Subscription] = []
         for effect in ready.effects:
-            await self._perform(effect)
+            if isinstance(effect, Subscribe) and not effect.active:
+                leaving += self._take_subscription(effect)
+            else:
+                await self._perform(effect)
+        if leaving:
+            for subscription in leaving:
+                # What has come in is still answered, or whoever asked would wait for nothing.
+                self._spawn(self._bus.drain(subscription))
+            await asyncio.sleep(0)  # they leave before a subject is subscribed to anew
         self._turned.set()
 
     async def _wait(self) -> None:
@@ -176,8 +185,8 @@ class Driver:
                 assert self._store is not None
                 question = self._store.cas(correlation, key, revision, document)
                 self._spawn(self._ask(correlation, question))
-            case Subscribe(channel, name, active):
-                await self._subscribe(channel, name, active)
+            case Subscribe():
+                await self._subscribe(effect)
             case Halt():
                 self.halt = effect
             case LogRead() | CutsRead():
@@ -202,15 +211,16 @@ class Driver:
         except Exception as error:
             self.offer(Stored(correlation, failure=repr(error)))
 
-    async def _subscribe(self, channel: str, name: str, active: bool) -> None:
-        key = (channel, name)
-        if active and key not in self._subscriptions:
-            subject, queue = self._subjects[channel]
-            self._subscriptions[key] = await self.listen(channel, subject(name), queue)
-        elif not active and key in self._subscriptions:
-            # What has come in is still answered, or whoever asked would wait for nothing.
-            self._spawn(self._bus.drain(self._subscriptions.pop(key)))
-            await asyncio.sleep(0)  # it leaves before the subject is subscribed to anew
+    async def _subscribe(self, effect: Subscribe) -> None:
+        key = (effect.channel, effect.name)
+        if key not in self._subscriptions:
+            subject, queue = self._subjects[effect.channel]
+            listening = await self.listen(effect.channel, subject(effect.name), queue)
+            self._subscriptions[key] = listening
+
+    def _take_subscription(self, effect: Subscribe) -> list[Subscription]:
+        subscription = self._subscriptions.pop((effect.channel, effect.name), None)
+        return [subscription] if subscription is not None else []
 
     # ---- shutdown ----
 

@@ -105,6 +105,8 @@ class CoordinatorMachine:
         self._store_pending = 0
         self._wanted: ShardMap | None = None
         """The map of the compare-and-set that is under way or of unknown outcome."""
+        self._document: dict[str, Any] | None = None
+        """The document of it."""
         self._first_node_ns: int | None = None
         self._answers: dict[int, Callable[[bytes | None], None]] = {}
         self._admin = Admin(self._heard, self._failovers, knobs)
@@ -385,12 +387,15 @@ class CoordinatorMachine:
             id: a.id for id, a in self._attempts.items()
             if self.now_ns - a.started_ns < a.patience_ns(self.knobs)
         }  # fmt: skip
+        self._heard.changing = sum(
+            [self.now_ns - a.started_ns < SECOND_NS for a in self._attempts.values()]
+        )
         self._heard.opened = {id: a.id for id, a in self._attempts.items() if a.opened}
         wanted = next_map(self.map, self._heard, self.knobs, self.config.token)
         if wanted is not self.map:
-            self._wanted = wanted
+            self._wanted, self._document = wanted, to_document(wanted)
             self._ask_store(
-                StoreCas(self._next_correlation(), MAP_KEY, self._revision, to_document(wanted))
+                StoreCas(self._next_correlation(), MAP_KEY, self._revision, self._document)
             )
         return None
 
@@ -417,6 +422,8 @@ class CoordinatorMachine:
         self._store_pending = 0
         self._timers.stop("store")
         self._revision, self._read_ns = stored.revision, self.now_ns
+        if self._wanted is not None and stored.document is self._document:
+            return self._take_map(self._wanted)
         self._take_map(from_document(stored.document) if stored.document else ShardMap())
 
     def _take_map(self, map: ShardMap) -> None:

@@ -20,7 +20,7 @@ from bus_kv.protocol.shard_map import (
     ShardState,
     settings_of,
 )  # fmt: skip
-from coordinator.machine.roles import Roles, next_roles
+from coordinator.machine.roles import Roles, is_served, next_roles
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from bus_kv.protocol.shard_map import Settings
 
 FIRST_SHARD = "s1"
+PLANNED_MAX = 16
+"""Shards that are served and change their configuration at a time: each stands still for a moment meanwhile."""
 
 
 @dataclass(slots=True)
@@ -58,6 +60,8 @@ class Heard:
     """Shard -> attempt of this coordinator whose opening entry is durable."""
     running: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Shard -> attempt that this coordinator is driving."""
+    changing: int = 0
+    """How many of them it began lately."""
     epoch_floor: int = 0
     """Greatest epoch that a replica has refused with: go above it."""
     forgotten: set[str] = field(default_factory=set)
@@ -124,25 +128,33 @@ def next_map(old: ShardMap, heard: Heard, knobs: Knobs, token: Callable[[], str]
         return old.changed(
             keyspaces={**old.keyspaces, **changed}, settings=settings, writer=token()
         )
-    nodes = _nodes(old, heard)
-    if nodes != old.nodes:
-        return old.changed(nodes=nodes, writer=token())
-    if not old.keyspaces:
+    map = replace(old, nodes=_nodes(old, heard))
+    if not old.keyspaces and map.nodes == old.nodes:
         return _lay_out(old, heard, knobs, token)
-    shards = dict(old.shards)
-    last_epoch = max(old.last_epoch, heard.epoch_floor)
-    for id, shard in sorted(old.shards.items()):
+    shards = _shards(map, heard, token)
+    if shards == old.shards and map.nodes == old.nodes:
+        return old
+    last_epoch = max([old.last_epoch, *(s.epoch for s in shards.values())])
+    return old.changed(nodes=map.nodes, shards=shards, last_epoch=last_epoch, writer=token())
+
+
+def _shards(map: ShardMap, heard: Heard, token: Callable[[], str]) -> dict[str, Shard]:
+    """Openings become ACTIVE; whose primary is lost gets another one; of the others a few at a time take a step."""
+    shards = dict(map.shards)
+    last_epoch = max(map.last_epoch, heard.epoch_floor)
+    room = PLANNED_MAX - heard.changing
+    for id, shard in sorted(map.shards.items()):
         if heard.opened.get(id) == (shard.epoch, shard.token):
             shards[id] = replace(shard, state=ShardState.ACTIVE, last_active=None, attempts=())
             continue
-        wanted = next_roles(shard, old, heard)
+        if room <= 0 and is_served(shard, heard):
+            continue
+        wanted = next_roles(shard, map, heard)
         if wanted is not None:
+            room -= 1
             last_epoch += 1
             shards[id] = reconfigured(shard, wanted, last_epoch, token())
-    if shards == old.shards:
-        return old
-    last_epoch = max(old.last_epoch, *(s.epoch for s in shards.values()))
-    return old.changed(shards=shards, last_epoch=last_epoch, writer=token())
+    return shards
 
 
 def _restored(old: ShardMap, newest: ShardMap, heard: Heard, token: Callable[[], str]) -> ShardMap:

@@ -45,6 +45,12 @@ def next_roles(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
     return _grow(shard, map, heard) or _shrink(shard, map) or _transfer(shard, heard)
 
 
+def is_served(shard: Shard, heard: Heard) -> bool:
+    """Whether its primary goes on serving if nothing is done, and is meant to."""
+    lost = shard.id in heard.failovers or _primary_is_lost(shard, heard)
+    return shard.state is ShardState.ACTIVE and not lost
+
+
 def _start_again(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
     """An attempt that nobody drives, or that cannot succeed with whom it has."""
     there = [m for m in shard.members if heard.hears(m)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CHANNELS = {
     Status.RESTARTED: ("replicate",),
-    Status.PROMISED: ("replicate",),
+    Status.PROMISED: ("replicate", "read"),
     Status.FOLLOWING: ("replicate", "read"),
     Status.OPENING: (),
     Status.OPENED: ("shard",),

@@ -62,10 +62,11 @@ from bus_kv.protocol.shard_map import (
     ShardMap,
     ShardState,
     apply_delta,
+    changed_shards,
+    document_change,
     from_document,
     settings_of,
     shard_from_document,
-    to_document,
 )  # fmt: skip
 from bus_kv.protocol.sizes import Sizes
 from nodes.machine import views
@@ -86,7 +87,7 @@ from nodes.machine.suspicions import Suspicions
 from nodes.machine.wipes import Wipes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from bus_kv.core.machine import Effect, Event, Fold, Load, LogRead, Mark, Query
     from bus_kv.subjects import Subjects
@@ -94,6 +95,8 @@ if TYPE_CHECKING:
 
 ENDPOINTS = (*VERBS, "shard")
 BEAT_PAUSE_NS = 20 * MILLISECOND_NS
+BEAT_REPLICA_NS = MILLISECOND_NS
+"""A heartbeat tells of every replica, and so many read it: the more there are, the longer to the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,8 @@ class NodeMachine:
         self._after_rows: list[Callable[[], None]] = []
         """What to do when what is appended in this turn is durable."""
         self._appended: deque[tuple[int, list[Replica], list[Callable[[], None]]]] = deque()
-        self._map_changed = False
+        self._handed_map = self.map
+        """As the log has it, or will."""
         self._ticket = 0
         self._asked: dict[int, Callable[[list[Any], str | None], None]] = {}
         """Who waits for the state's answer to which ticket."""
@@ -184,7 +188,7 @@ class NodeMachine:
 
     def restore_map(self, document: dict[str, Any]) -> None:
         """The newest map that the disk remembers."""
-        self.map = from_document(document)
+        self.map = self._handed_map = from_document(document)
 
     def ask(
         self, query: Query | Fold | Load | LogRead, then: Callable[[list[Any], str | None], None]
@@ -224,7 +228,7 @@ class NodeMachine:
     def _run(self) -> None:
         self.is_running, self._hello = True, None
         self._effects.append(Subscribe("verb", "", True))
-        self._follow_all()
+        self._follow_all(self.map.shards.values())
         self.fetch_map()
         self.beat()
 
@@ -329,11 +333,13 @@ class NodeMachine:
                 self._effects.append(trim)
             self._effects += self.links.end_turn(replica)
         append = None
-        if entries or rows or self._after_rows or self._map_changed:
-            map = to_document(self.map) if self._map_changed else None
+        is_new_map = self.map is not self._handed_map
+        if entries or rows or self._after_rows or is_new_map:
+            map = document_change(self._handed_map, self.map) if is_new_map else None
+            self._handed_map = self.map
             append = Append(self._next_ticket(), entries, rows, map)
             self._appended.append((append.ticket, handed, self._after_rows))
-            self._after_rows, self._map_changed = [], False
+            self._after_rows = []
         self._effects += self.links.take_tells()
         effects, self._effects = self._effects, []
         return Ready(effects, append)
@@ -430,7 +436,7 @@ class NodeMachine:
         return replica if replica is not None and replica.status is Status.ACTIVE else None
 
     def reading(self, shard: str) -> Replica | None:
-        """The own replica of a shard when it may answer at ONE: the primary's, or a member's that follows it.
+        """The own replica of a shard when it may answer at ONE: the primary's, or a member's that follows or has.
 
         Not a learner's, which may have nothing yet, nor what a former member still has.
         """
@@ -438,7 +444,7 @@ class NodeMachine:
         return replica if replica is not None and self.may_read(replica) else None
 
     def may_read(self, replica: Replica) -> bool:
-        if replica.status is not Status.FOLLOWING:
+        if not replica.has_followed:
             return replica.status is Status.ACTIVE
         own = Member(self.config.id, self.config.incarnation)
         return replica.is_whole and own in replica.shard.members
@@ -473,17 +479,19 @@ class NodeMachine:
         if map.map_version <= self.map.map_version:
             return
         interval_s = self._heartbeat_interval_s
-        self.map, self._map_changed = map, True
+        old, self.map = self.map, map
         if interval_s != self._heartbeat_interval_s:
             self.beat()
         if self.is_running:
-            self._follow_all()
+            # What holds for all of them may have changed, or only some of them.
+            is_same = (old.keyspaces, old.nodes.keys()) == (map.keyspaces, map.nodes.keys())
+            self._follow_all(changed_shards(old, map) if is_same else map.shards.values())
         self._gateway.on_map(self.now_ns)
 
-    def _follow_all(self) -> None:
-        for shard in self.map.shards.values():
+    def _follow_all(self, shards: Iterable[Shard]) -> None:
+        for shard in shards:
             self.follow(shard)
-        self._wipes.look()
+            self._wipes.look(shard.id)
 
     def follow(self, shard: Shard) -> None:
         """Do what a record says: hold a replica, serve when it is the own attempt, stop when another one is active."""
@@ -528,7 +536,8 @@ class NodeMachine:
         Not at once after another: it tells of all replicas, and a reconfiguration may be of all of them.
         """
         if self.is_running:
-            self._timers.start("heartbeat", max(self.now_ns, self._beaten_ns + BEAT_PAUSE_NS))
+            pause_ns = max(BEAT_PAUSE_NS, BEAT_REPLICA_NS * len(self.replicas))
+            self._timers.start("heartbeat", max(self.now_ns, self._beaten_ns + pause_ns))
 
     @property
     def _heartbeat_interval_s(self) -> float:

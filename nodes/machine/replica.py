@@ -216,8 +216,9 @@ class Replica:
 
     def step_down(self, reason: str) -> None:
         """No longer part of the epoch. What its primary has not committed may be cut, so it is forgotten until it is
-        committed; a backup has nobody any more who tells it what is new, so it answers no reads."""
+        committed."""
         if self.replication is not None:
+            self.backup.heard_ns = self.now_ns
             self.take_decided()
             self.replication = self._on_opened = None
             self.writer.forget_after(self.commit_seq)
@@ -249,6 +250,12 @@ class Replica:
         own = Member(self.node, self.incarnation)
         current = (self.shard.epoch, self.shard.token) == self.promised
         return current and self.shard.state is ShardState.ACTIVE and own in self.shard.learners
+
+    @property
+    def has_followed(self) -> bool:
+        """A backup, or one that was in this life and waits for the next primary: what is committed here was so not long
+        ago, and an answer at ONE says how long."""
+        return self.status in (Status.FOLLOWING, Status.PROMISED) and self.backup.heard_ns > 0
 
     @property
     def is_whole(self) -> bool:
@@ -283,7 +290,7 @@ class Replica:
 
     def not_serving(self, epoch: int | None) -> BusKVError | None:
         """Why this replica cannot answer; `epoch` None: any replica will do, a stale answer too."""
-        if epoch is None and self.status is Status.FOLLOWING:
+        if epoch is None and self.has_followed:
             return None
         if epoch is not None and self.may_be_another_s(epoch):
             return OutcomeUnknown(

@@ -31,6 +31,10 @@ class Replicas:
         """The replica of a shard, to do something with it."""
         return self[shard] if shard in self._held else None
 
+    def peek(self, shard: str) -> Replica | None:
+        """The replica of a shard, to be read only."""
+        return self._held.get(shard)
+
     def __getitem__(self, shard: str) -> Replica:
         self.touch(shard)
         return self._held[shard]

@@ -25,14 +25,14 @@ class Wipes:
         self._node = node
         self._timers = Timers()
 
-    def look(self) -> None:
-        """The map has changed: which copies are superfluous, and since when."""
-        due_ns = self._node.now_ns + int(self._node.knobs.wipe_after_s * SECOND_NS)
-        for replica in self._node.replicas.values():
-            if self._record_without(replica) is None:
-                self._timers.stop(replica.shard.id)
-            else:
-                self._timers.start_once(replica.shard.id, due_ns)
+    def look(self, shard: str) -> None:
+        """A shard's record has changed: whether the copy here is superfluous, and since when."""
+        replica = self._node.replicas.peek(shard)
+        if replica is None or self._record_without(replica) is None:
+            self._timers.stop(shard)
+        else:
+            due_ns = self._node.now_ns + int(self._node.knobs.wipe_after_s * SECOND_NS)
+            self._timers.start_once(shard, due_ns)
 
     def next_deadline_ns(self) -> int | None:
         return self._timers.next_ns()

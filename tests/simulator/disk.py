@@ -15,6 +15,7 @@ from bus_kv.core.machine import (
     Trim,
 )  # fmt: skip
 from bus_kv.protocol.entry import decode_entry
+from bus_kv.protocol.shard_map import document_after
 from tests.simulator.describe import describe_append
 from tests.simulator.state import State
 from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
@@ -102,7 +103,8 @@ class Disk:
                     self.ends[row.shard, row.epoch] = row.last
             for replica in append.replicas:
                 self.replicas[replica.shard] = replica
-            self.map = append.map or self.map
+            if append.map is not None:
+                self.map = document_after(self.map, append.map)
 
     def _set_aside(self, cut: CutRow) -> None:
         for row in self.entries[cut.shard]:

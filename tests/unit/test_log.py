@@ -1,6 +1,8 @@
 """The log of a node: what was appended is completed in order, be it nothing."""
 
+import json
 import queue
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 
 from bus_kv.core.machine import Append, AppendCompleted, EntryRow
-from nodes.log import NodeLog
+from nodes.log import LOG_NAME, NodeLog
 
 
 class Log:
@@ -43,3 +45,38 @@ def test_an_append_of_nothing_is_completed(log: Log) -> None:
     log.append(3)
     log.until_completed(3)
     assert log.log.end("s1") == 1
+
+
+def shard_map(version: int, **epochs: int) -> dict[str, Any]:
+    return {"map_version": version, "shards": {id: {"epoch": e} for id, e in epochs.items()}}
+
+
+def test_the_map_is_remembered_change_by_change(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    log.log.append(Append(1, [], [], shard_map(1, s1=1, s2=1)))
+    log.log.append(
+        Append(2, [], [], {"map_version": 2, "shards": {"s2": None, "s3": {"epoch": 2}}})
+    )
+    log.until_completed(2)
+    log.log.close()
+    again = NodeLog(tmp_path, "n1")
+    assert again.map() == shard_map(2, s1=1, s3=2)
+    again.close()
+
+
+def test_a_log_of_the_format_before_keeps_its_map(tmp_path: Path) -> None:
+    NodeLog(tmp_path, "n1").close()
+    db = sqlite3.connect(tmp_path / LOG_NAME)
+    with db:
+        db.execute("DROP TABLE map_shards")
+        db.execute("UPDATE meta SET value = '1' WHERE name = 'format_version'")
+        db.execute("INSERT INTO meta VALUES ('map', ?)", [json.dumps(shard_map(1, s1=1, s2=1))])
+    db.close()
+    log = Log(tmp_path)
+    assert log.log.map() == shard_map(1, s1=1, s2=1)
+    log.log.append(Append(1, [], [], shard_map(2, s2=2)))
+    log.until_completed(1)
+    log.log.close()
+    again = NodeLog(tmp_path, "n1")
+    assert again.map() == shard_map(2, s1=1, s2=2)
+    again.close()

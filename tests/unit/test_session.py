@@ -334,6 +334,17 @@ def test_a_primary_that_answers_others_is_not_suspected() -> None:
     assert slow.subject == WRITE
 
 
+def test_the_map_is_asked_of_any_node_and_of_the_store_when_that_knows_nothing_newer() -> None:
+    client = Client()
+    asked: list[bool] = []
+    for version in (7, 7, 8, 8):
+        client.session.fetch_routes(client.now_ns)
+        (request,) = client.sent()
+        asked.append(bool(decode_cbor(request.body).get("cached")))
+        client.answer(request, shard_map(version).public())
+    assert asked == [True, False, False, True]
+
+
 def test_what_a_silent_primary_has_is_sent_to_the_next_one_under_the_same_number() -> None:
     client = Client()
     first = client.put()
