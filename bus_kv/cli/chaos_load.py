@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from bus_kv.runtime.connection import ConnectOptions
 
 CLIENTS = 4
-WORKERS_EACH = 24
-_ALL_WORKERS_EACH = 2
-"""So many of each client's workers write at ALL: while a member is away each of their writes takes its full time."""
+WORKERS_EACH = 22
+"""At least; with more shards than that, so many that every shard has one that writes to it alone."""
+ALL_WORKERS_EACH = 2
+"""And so many that write at ALL: while a member is away each of their writes takes its full time."""
 _SHARES = {"get": 40, "put": 36, "put if version": 12, "put if absent": 4, "delete": 8}
 """Of 100 calls."""
-_SLOW_PAUSE_S = 0.2
+_SLOW_CALLS_PER_S = 480
 
 
 class Load:
@@ -71,9 +72,11 @@ class Load:
             async with asyncio.TaskGroup() as group:
                 for first, (name, db) in enumerate(zip(names, clients, strict=True)):
                     for i in range(self._workers_each):
-                        # Every shard has a worker that writes to it alone.
                         shard = (first * self._workers_each + i) % len(self._keys_of)
-                        group.create_task(self._work(name, db, i, shard))
+                        group.create_task(self._work(name, db, i, self._keys_of[shard], "quorum"))
+                    for i in range(ALL_WORKERS_EACH):
+                        work = self._work(name, db, self._workers_each + i, self._keys, "all")
+                        group.create_task(work)
                 try:
                     yield
                 except FAILURES as error:
@@ -123,9 +126,10 @@ class Load:
 
     # ---- one worker ----
 
-    async def _work(self, name: str, db: Client, number: int, shard: int) -> None:
+    async def _work(
+        self, name: str, db: Client, number: int, writes_to: list[bytes], level: str
+    ) -> None:
         rng = random.Random(f"{self._seed}/{name}/{number}")
-        level = "all" if number < _ALL_WORKERS_EACH else "quorum"
         count = 0
         while not self._stopping.is_set():
             count += 1
@@ -133,13 +137,13 @@ class Load:
             what = rng.choices([*_SHARES], [*_SHARES.values()])[0]
             if count % 2 and len(self._keys_of) > 1:
                 what = "put"  # else it would take its only writer a while to find out that it is served
-            call = self._choose(rng, what, name, level, value, self._keys_of[shard])
+            call = self._choose(rng, what, name, level, value, writes_to)
             self.calls.append(call)
             await self._do(db, call)
             self._returned += 1
             self._has_returned.set()
             if self.is_slow:
-                await asyncio.sleep(_SLOW_PAUSE_S)
+                await asyncio.sleep(CLIENTS * self._workers_each / _SLOW_CALLS_PER_S)
 
     def _choose(
         self, rng: random.Random, what: str, name: str, level: str, value: bytes,

@@ -23,6 +23,8 @@ OUTAGES_WINDOW = 60
 """Intervals for which an outage is remembered."""
 HOLD_MAX = 2
 """Intervals that a flapping node is held at most: a shard without its third member is the greater risk."""
+TOLD_PROBES = 2
+"""A suspicion is told of with this probe: most of those who are busy and not gone answer the first."""
 LATE_NS = SECOND_NS // 2
 """Who comes so late to a deadline of its own has been away itself, and has heard nobody meanwhile."""
 DEAF_NS = 2 * SECOND_NS
@@ -162,11 +164,12 @@ class Detector:
             return
         suspicion = Suspicion(node, by, reason, now_ns)
         self.suspicions[node] = suspicion
-        self._news.append((suspicion, True))
         self._probe(suspicion, now_ns)
 
     def _probe(self, suspicion: Suspicion, now_ns: int) -> None:
         suspicion.probes += 1
+        if suspicion.probes == TOLD_PROBES:
+            self._news.append((suspicion, True))
         is_last = suspicion.probes >= self._knobs.probes_max
         wait_ns = self._knobs.probe_wait_ms * MILLISECOND_NS
         suspicion.due_ns = now_ns + (2 * wait_ns if is_last else wait_ns)
@@ -189,7 +192,7 @@ class Detector:
 
     def _clear(self, node: str) -> None:
         suspicion = self.suspicions.pop(node, None)
-        if suspicion is not None:
+        if suspicion is not None and suspicion.probes >= TOLD_PROBES:
             self._news.append((suspicion, False))
 
     def take_probes(self) -> list[str]:
@@ -198,7 +201,7 @@ class Detector:
         return probes
 
     def take_news(self) -> list[tuple[Suspicion, bool]]:
-        """Suspicions that have been raised (True), and those that have turned out to be wrong (False)."""
+        """Suspicions that are worth telling (True), and those of them that have turned out to be wrong (False)."""
         news, self._news = self._news, []
         return news
 

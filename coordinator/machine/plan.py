@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bus_kv.protocol.shard_map import Settings
 
 FIRST_SHARD = "s1"
-PLANNED_MAX = 16
+PLANNED_MAX = 32
 """Shards that are served and change their configuration at a time: each stands still for a moment meanwhile."""
 
 

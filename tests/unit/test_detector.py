@@ -171,7 +171,8 @@ def test_one_answer_is_enough(answers: int) -> None:
     watch.beat("n1", asked=True)
     watch.run(1)
     assert watch.detector.down == set()
-    assert [is_right for _, is_right in watch.detector.take_news()] == [True, False]
+    told = [is_right for _, is_right in watch.detector.take_news()]
+    assert told == ([True, False] if answers else []), "who answers at once is not talked about"
 
 
 def test_many_suspicions_of_one_node_are_one() -> None:
