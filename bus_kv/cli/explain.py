@@ -113,4 +113,7 @@ def _aftermath(story: dict[str, Any]) -> Iterator[str]:
             f"of epoch {story['longest'][0]}; nothing acknowledged at quorum or all is among them"
         )
     for node, last in story.get("cut", {}).items():
-        yield f"{node} came back and took what its log had behind seq {last} out of it"
+        yield (
+            f"{node} came back and took what its log had behind seq {last} out of it; "
+            "`bus-kv oplog --outcome rolled_back` lists that"
+        )

@@ -43,6 +43,10 @@ async def oplog(
     limit: Annotated[int, typer.Option(min=1, help="operations at most")] = LIMIT_DEFAULT,
     key: Annotated[str | None, typer.Option(help="only on this key")] = None,
     op: Annotated[str | None, typer.Option(help="only of this kind: put, delete, expire")] = None,
+    outcome: Annotated[
+        str | None,
+        typer.Option(help="only with this one: created, replaced, deleted, absent, rolled_back"),
+    ] = None,
     since: Annotated[
         Any,
         typer.Option(parser=duration_ms, metavar="DURATION", help="not older than: 60s, 10m, 2h"),
@@ -59,8 +63,9 @@ async def oplog(
     - `bus-kv oplog --limit 10`
     - `bus-kv oplog --key apple --since 10m`
     - `bus-kv oplog --op delete --follow`
+    - `bus-kv oplog --outcome rolled_back`: what was lost with a primary, writes at ONE or unacknowledged
     """
-    filters = conditions(key, op, since, Clock().now_ns() // 1_000_000)
+    filters = conditions(key, op, outcome, since, Clock().now_ns() // 1_000_000)
     log = _Oplog(call, filters)
     if follow:
         await ask(call.options, lambda db: _until_interrupted(log, db, limit))
@@ -90,13 +95,17 @@ def literal(value: str | bytes | int | datetime) -> str:
             return str(value)
 
 
-def conditions(key: str | None, op: str | None, since_ms: int | None, now_ms: int) -> list[str]:
-    """What --key, --op and --since (so many milliseconds before now) ask for, in SQL."""
+def conditions(
+    key: str | None, op: str | None, outcome: str | None, since_ms: int | None, now_ms: int
+) -> list[str]:
+    """What --key, --op, --outcome and --since (so many milliseconds before now) ask for, in SQL."""
     found = []
     if key is not None:
         found.append(f"key = {literal(os.fsencode(key))}")
     if op is not None:
         found.append(f"op = {literal(op)}")
+    if outcome is not None:
+        found.append(f"outcome = {literal(outcome)}")
     if since_ms is not None:
         since = datetime.fromtimestamp(max(now_ms - since_ms, 0) / 1000, UTC)
         found.append(f"time >= {literal(since)}")

@@ -27,7 +27,8 @@ def sql() -> Iterator[duckdb.DuckDBPyConnection]:
             connection.execute(
                 "INSERT INTO oplog SELECT 'default', ?, 3, 100 - i, "
                 f"make_timestamp_ms({NOW_MS} - i * 1000), if(i % 2 = 0, 'put', 'delete'), "
-                "encode('k' || i), encode(repeat('v', 1000)), 'c:1', NULL, NULL, 'created' "
+                "encode('k' || i), encode(repeat('v', 1000)), 'c:1', NULL, NULL, "
+                "if(i = 3, 'rolled_back', 'created') "
                 "FROM range(10) t(i)",
                 [shard],
             )
@@ -62,14 +63,16 @@ def test_operations_come_oldest_first_or_newest_first(sql: duckdb.DuckDBPyConnec
     assert found(sql, [], newest=True, limit=3) == expected[:-4:-1]
 
 
-def test_operations_are_chosen_by_key_kind_and_age(sql: duckdb.DuckDBPyConnection):
-    assert found(sql, conditions("k4", None, None, NOW_MS)) == [("o'clock", 96), ("s1", 96)]
-    deletes = found(sql, conditions(None, "delete", None, NOW_MS))
+def test_operations_are_chosen_by_key_kind_outcome_and_age(sql: duckdb.DuckDBPyConnection):
+    assert found(sql, conditions("k4", None, None, None, NOW_MS)) == [("o'clock", 96), ("s1", 96)]
+    deletes = found(sql, conditions(None, "delete", None, None, NOW_MS))
     assert {seq for _, seq in deletes} == {99, 97, 95, 93, 91}
-    young = found(sql, conditions(None, "put", 2000, NOW_MS))
+    lost = found(sql, conditions(None, None, "rolled_back", None, NOW_MS))
+    assert lost == [("o'clock", 97), ("s1", 97)]
+    young = found(sql, conditions(None, "put", None, 2000, NOW_MS))
     assert {seq for _, seq in young} == {100, 98}
-    assert found(sql, conditions(None, "put' OR '1'='1", None, NOW_MS)) == []
-    everything = conditions(None, None, 10**18, NOW_MS)
+    assert found(sql, conditions(None, "put' OR '1'='1", None, None, NOW_MS)) == []
+    everything = conditions(None, None, None, 10**18, NOW_MS)
     assert len(found(sql, everything)) == 20
 
 
@@ -79,7 +82,7 @@ def test_after_positions_come_newer_ones_and_shards_that_were_not_known(
     assert len(found(sql, after({}))) == 20
     assert found(sql, after({"s1": 100, "o'clock": 99})) == [("o'clock", 100)]
     assert found(sql, after({"o'clock": 100})) == [("s1", seq) for seq in range(91, 101)]
-    mixed = [*conditions("k0", None, None, NOW_MS), *after({"s1": 99, "o'clock": 100})]
+    mixed = [*conditions("k0", None, None, None, NOW_MS), *after({"s1": 99, "o'clock": 100})]
     assert found(sql, mixed) == [("s1", 100)]
 
 
