@@ -231,6 +231,7 @@ class NodeMachine:
         self._follow_all(self.map.shards.values())
         self.fetch_map()
         self.beat()
+        self._timers.start("listen", self.now_ns + SECOND_NS)
 
     def leave(self, now_ns: int) -> None:
         """Tell the others that this process is about to end."""
@@ -286,6 +287,9 @@ class NodeMachine:
         for name in self._timers.pop_due(now_ns):
             if name == "hello":
                 self._run()
+            elif name == "listen":
+                self._effects += self.suspicions.listen()
+                self._timers.start("listen", now_ns + SECOND_NS)
             elif name == "heartbeat":
                 self._publish_heartbeat()
                 interval_ns = int(self._heartbeat_interval_s * SECOND_NS)

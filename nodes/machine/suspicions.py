@@ -11,12 +11,17 @@ from bus_kv.core.machine import Publish
 from bus_kv.errors import BusKVError
 from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol.codec import decode_body, encode_json
+from nodes.machine.status import Status
 
 if TYPE_CHECKING:
     from bus_kv.core.machine import Received
     from bus_kv.protocol.messages import Heartbeat
+    from bus_kv.protocol.shard_map import Shard
     from nodes.machine.node import NodeMachine
 
+REMINDERS = 3
+"""So many of a primary's reminders are missed before it is suspected."""
+NOT_REMINDED = "its backups hear nothing of it"
 SHOWN_MS = 30_000
 """A suspicion that nobody has repeated for so long is shown no more."""
 
@@ -31,13 +36,32 @@ class Suspicions:
 
     def say(self, shard: str, reason: str) -> Publish | None:
         """A shard's primary does not answer."""
-        node = self._node
-        record = node.map.shards.get(shard)
+        record = self._node.map.shards.get(shard)
         if record is None:
             return None
         self.silent[shard] = reason
-        said = {"node": record.primary, "shard": shard, "by": node.config.id, "reason": reason}
-        return Publish(node.config.subjects.suspect_event(record.primary), encode_json(said))
+        return self._event(record, reason)
+
+    def _event(self, record: Shard, reason: str) -> Publish:
+        config = self._node.config
+        said = {"node": record.primary, "shard": record.id, "by": config.id, "reason": reason}
+        return Publish(config.subjects.suspect_event(record.primary), encode_json(said))
+
+    def listen(self) -> list[Publish]:
+        """Suspect primaries that have reminded no backup here for too long: perhaps nobody asks them for anything."""
+        node = self._node
+        patience_ns = REMINDERS * node.knobs.remind_idle_ms * MILLISECOND_NS
+        silent: dict[str, Shard] = {}
+        heard: set[str] = set()
+        for replica in node.replicas.values():
+            primary, record = replica.backup.primary, node.map.shards.get(replica.shard.id)
+            if replica.status is not Status.FOLLOWING or record is None:
+                continue
+            if node.now_ns - replica.backup.heard_ns < patience_ns:
+                heard.add(primary)
+            elif record.primary == primary:
+                silent.setdefault(primary, record)
+        return [self._event(r, NOT_REMINDED) for id, r in silent.items() if id not in heard]
 
     def on_message(self, message: Received) -> None:
         """Kept to be shown: whoever decides what follows from it hears it, too."""

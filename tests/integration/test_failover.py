@@ -185,6 +185,17 @@ async def test_with_auto_failover_off_a_primary_that_restarts_serves_again(
     assert await cluster.primary() == "n1"
 
 
+async def test_a_primary_that_nobody_asks_is_missed_by_its_backups(cluster: Cluster) -> None:
+    """Long before three of its heartbeats are."""
+    events = Events()
+    await events.listen(cluster)
+    await cluster.bus.ok("put", key="a", value="1", consistency="all")
+    cluster.kill("n1")
+    story = await events.until_told("completed")
+    assert story["suspected"]["by"] in ("n2", "n3")
+    assert story["cause"] == "it has answered none of 3 probes"
+
+
 async def test_a_takeover_is_told_as_a_story(cluster: Cluster) -> None:
     nothing = await command(cluster, "explain", "failover")
     assert (nothing.code, "has seen a takeover" in nothing.text) == (0, True)
