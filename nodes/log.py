@@ -145,17 +145,21 @@ class NodeLog:
                 f"{self.path} has format {version}, newer than the {FORMAT_VERSION} this release "
                 "reads; start the release that wrote it"
             )
-        if version < FORMAT_VERSION:
-            self._upgrade(json.loads(meta.get("map", "{}")).get("shards", {}))
         if meta["node"] != node:
             raise DiskError(
                 f"{self._directory} belongs to node {meta['node']}, not {node}; "
                 "use that --id or another --data"
             )
+        if version < FORMAT_VERSION:
+            self._upgrade(meta.get("map", "{}"))
         return meta["incarnation"]
 
-    def _upgrade(self, shards: dict[str, Any]) -> None:
+    def _upgrade(self, map: str) -> None:
         """From format 1: the map was one row, which goes on as what is not about shards."""
+        try:
+            shards = json.loads(map).get("shards", {})
+        except ValueError as error:
+            raise _damaged(self.path, f"its map is not readable: {error}") from None
         self._db.execute("BEGIN")
         self._db.execute(next(s for s in _SCHEMA.split(";") if "map_shards" in s))
         self._put_map(shards, head=None)

@@ -103,7 +103,7 @@ class Operation(Fate):
         return self.kind == b.GET
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Lane:
     shard: str
     reads: bool
@@ -114,6 +114,10 @@ class Lane:
     waiting: Columns = field(default_factory=Columns)
     again: list[Operation] = field(default_factory=list)
     in_flight: int = 0
+
+    @property
+    def id(self) -> tuple[str, bool, str, bool]:
+        return self.shard, self.reads, self.consistency, self.anywhere
 
     @property
     def has_work(self) -> bool:

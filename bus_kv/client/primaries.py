@@ -37,7 +37,7 @@ class Primaries:
         self._in_flight[node] -= 1
 
     def on_answer(self, node: str, now_ns: int) -> bool:
-        """Whether it has ended its silence."""
+        """It has answered with results, which nobody else can give; whether that has ended its silence."""
         self._answered_ns[node] = now_ns
         was_silent = node in self._silent
         self._silent.discard(node)

@@ -86,7 +86,8 @@ class Session:
         self._lanes: dict[tuple[str, bool, str, bool], Lane] = {}
         self._near: dict[tuple[bool, str, str | None], tuple[bytes, bytes | None, Lane]] = {}
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
-        self._dirty: list[Lane] = []
+        self._dirty: dict[Lane, None] = {}
+        """To be looked at in this turn."""
         self._sent: dict[int, Sent] = {}
         self._primaries = Primaries()
         self._calls = Calls(self._request, self._finish, knobs)
@@ -124,7 +125,7 @@ class Session:
             return self._route(operation, now_ns)
         waiting = lane.waiting
         if not waiting.keys:
-            self._dirty.append(lane)
+            self._dirty[lane] = None
         if has_condition:
             waiting.conditions[len(waiting.keys)] = if_version
         if ttl_ms is not None:
@@ -154,7 +155,7 @@ class Session:
             return
         self._pending += len(keys)
         if not lane.waiting.keys:
-            self._dirty.append(lane)
+            self._dirty[lane] = None
         lane.waiting.extend(kind, keys, values, tokens, now_ns + self._timeout_ns)
 
     def _owns(self, lane: Lane, key: bytes) -> bool:
@@ -234,17 +235,22 @@ class Session:
 
     def take_ready(self, now_ns: int) -> Ready:
         self._told = 0
-        dirty, self._dirty = self._dirty, []
-        for lane in dirty:
-            route = self._open_route(lane, now_ns)
-            if route is None:
-                continue
-            while lane.again and self._may_send_again(lane, route):
-                self._send_again(lane, route, now_ns)
-            while lane.waiting.keys and self._may_send(lane, route):
-                self._send_new(lane, route, now_ns)
+        while self._dirty:
+            dirty, self._dirty = self._dirty, {}
+            for lane in dirty:
+                self._send_waiting(lane, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)
+
+    def _send_waiting(self, lane: Lane, now_ns: int) -> None:
+        """Send what a lane holds, as far as it may be sent now."""
+        route = self._open_route(lane, now_ns)
+        if route is None:
+            return
+        while lane.again and self._may_send_again(lane, route):
+            self._send_again(lane, route, now_ns)
+        while lane.waiting.keys and self._may_send(lane, route):
+            self._send_new(lane, route, now_ns)
 
     @property
     def is_full(self) -> bool:
@@ -325,10 +331,14 @@ class Session:
                 operation, ShardUnavailable(f"shard {route.shard} is recovering"), now_ns
             )
         lane.again.append(operation)
-        return self._dirty.append(lane)
+        self._dirty[lane] = None
+        return None
 
     def _no_route(self, operation: Operation, no_keyspace: bool, now_ns: int) -> None:
         """Perhaps the map is old: read it once before saying so."""
+        if operation.attempts == 0:
+            self._fetch_cached = False
+            self.fetch_routes(now_ns)
         if operation.attempts == 0 or (no_keyspace and self.routes and not self.routes.keyspaces):
             return self._again(operation, ShardUnavailable("no shard is laid out yet"), now_ns)
         if no_keyspace:
@@ -401,6 +411,8 @@ class Session:
         )
         lane.in_flight += 1
         self._primaries.on_sent(node)
+        if self._primaries.is_silent(node):
+            self._lanes[lane.id] = self._lanes.pop(lane.id)
 
     def _request(self, subject: str, body: bytes) -> int:
         self._correlation += 1
@@ -410,8 +422,6 @@ class Session:
     # ---- outcomes ----
 
     def _on_reply(self, sent: Sent, body: bytes | None, now_ns: int) -> None:
-        if body is not None and self._primaries.on_answer(sent.node, now_ns):
-            self._look_at_all()
         self._leave(sent)
         if body is None:
             if not sent.lane.anywhere:
@@ -424,6 +434,8 @@ class Session:
         assert self.routes is not None
         if fields.get("map_version", 0) > self.routes.map_version:
             self.fetch_routes(now_ns)
+        if self._primaries.on_answer(sent.node, now_ns):
+            self._look_at_all()
         reply = decode_batch_reply(fields["batch"])
         if reply.failures or b.UNANSWERED in reply.outcomes:
             return self._on_mixed_reply(sent, reply, now_ns)
@@ -433,13 +445,14 @@ class Session:
         sent.lane.in_flight -= 1
         self._primaries.on_left(sent.node)
         if self._primaries.is_silent(sent.node):
-            self._look_at_all()  # another shard's message is the next trial
+            if self._primaries.lets_through(sent.node):
+                self._look_at_all()  # the next trial
         elif sent.lane.has_work:
-            self._dirty.append(sent.lane)
+            self._dirty[sent.lane] = None
 
     def _look_at_all(self) -> None:
-        """Lanes that were held up may send now."""
-        self._dirty += [lane for lane in self._lanes.values() if lane.has_work]
+        """Lanes that were held up may send now, the one that was tried last after the others."""
+        self._dirty |= dict.fromkeys(lane for lane in self._lanes.values() if lane.has_work)
 
     def _on_mixed_reply(self, sent: Sent, reply: BatchReply, now_ns: int) -> None:
         """Some operations have their result; the others failed, or found the reply full."""

@@ -241,6 +241,8 @@ class Driver:
         try:
             async with asyncio.timeout(deadline_s):
                 for key in keys:
-                    await self._bus.drain(self._subscriptions.pop(key))
+                    subscription = self._subscriptions.pop(key, None)  # a turn may have come before
+                    if subscription is not None:
+                        await self._bus.drain(subscription)
         except (TimeoutError, BusError):
             return

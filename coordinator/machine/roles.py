@@ -46,9 +46,10 @@ def next_roles(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
 
 
 def is_served(shard: Shard, heard: Heard) -> bool:
-    """Whether its primary goes on serving if nothing is done, and is meant to."""
+    """Whether its primary goes on serving if nothing is done, writes at QUORUM too, and is meant to."""
     lost = shard.id in heard.failovers or _primary_is_lost(shard, heard)
-    return shard.state is ShardState.ACTIVE and not lost
+    there = sum([heard.hears(member) for member in shard.members])
+    return shard.state is ShardState.ACTIVE and there >= shard.quorum and not lost
 
 
 def _start_again(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:

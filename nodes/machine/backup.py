@@ -6,6 +6,7 @@ far as that is durable here. Entries that come before those they follow wait unt
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.protocol.entry import decode_entry
@@ -27,6 +28,8 @@ class Backup:
         self._replica = replica
         self.heard_ns = 0
         """When the primary was last heard."""
+        self.fresh_ns = 0
+        """When all that was committed at that time was committed here, too, as far as the primary has said."""
         self.primary = ""
         self.begin_epoch()
 
@@ -35,9 +38,13 @@ class Backup:
         self._matched = 0
         """Seq up to which the own log is known to equal the primary's, in the promised epoch."""
         self._primary_commit = 0
+        self._told_ns = 0
+        """When the primary has said that."""
         self._round = 0
         """The primary's newest confirm round."""
-        self._ahead: list[tuple[Position, list[bytes]]] = []
+        self._ahead: deque[tuple[Position, list[bytes]]] = deque()
+        """What came before the entries that it follows: (place before it, entries), in order of arrival."""
+        self._ahead_bytes = 0
 
     def on_append(self, fields: dict[str, Any]) -> None:
         """Entries, the primary's commit_seq and its confirm round (R1, R2)."""
@@ -45,6 +52,7 @@ class Backup:
             return
         replica = self._replica
         self._primary_commit = max(self._primary_commit, fields["commit"])
+        self._told_ns = replica.now_ns
         replica.everywhere_seq = max(replica.everywhere_seq, fields.get("everywhere", 0))
         is_new_round = fields["round"] > self._round
         self._round = max(self._round, fields["round"])
@@ -104,7 +112,8 @@ class Backup:
             if joined is None:
                 break
             end = max(end, joined)
-            del self._ahead[0]
+            self._ahead.popleft()
+            self._ahead_bytes -= sum(map(len, waiting))
         if end is not None and replica.status is Status.FOLLOWING:
             self._matched = max(self._matched, end[1])
             self.acknowledge()
@@ -135,8 +144,10 @@ class Backup:
     def _keep_ahead(self, previous: Position, bodies: list[bytes]) -> None:
         if bodies:
             self._ahead.append((previous, bodies))
-        if sum(len(body) for _, bodies in self._ahead for body in bodies) > AHEAD_BYTES_MAX:
-            self._ahead = []
+            self._ahead_bytes += sum(map(len, bodies))
+        if self._ahead_bytes > AHEAD_BYTES_MAX:
+            self._ahead.clear()
+            self._ahead_bytes = 0
 
     def acknowledge(self) -> None:
         """Tell the primary what is durable of what matches; commit as far as it has said (R1, R2)."""
@@ -145,6 +156,8 @@ class Backup:
             return
         match = min(self._matched, replica.durable_seq)
         replica.commit(min(self._primary_commit, match))
+        if replica.commit_seq >= self._primary_commit:
+            self.fresh_ns = max(self.fresh_ns, self._told_ns)
         epoch, token = replica.promised
         answer = {
             "type": "matched", "shard": replica.shard.id, "epoch": epoch, "token": token,

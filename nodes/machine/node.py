@@ -541,7 +541,9 @@ class NodeMachine:
         """
         if self.is_running:
             pause_ns = max(BEAT_PAUSE_NS, BEAT_REPLICA_NS * len(self.replicas))
-            self._timers.start("heartbeat", max(self.now_ns, self._beaten_ns + pause_ns))
+            interval_ns = int(self._heartbeat_interval_s * SECOND_NS)
+            at_ns = self._beaten_ns + min(pause_ns, interval_ns)
+            self._timers.start("heartbeat", max(self.now_ns, at_ns))
 
     @property
     def _heartbeat_interval_s(self) -> float:

@@ -217,8 +217,9 @@ class Replica:
     def step_down(self, reason: str) -> None:
         """No longer part of the epoch. What its primary has not committed may be cut, so it is forgotten until it is
         committed."""
+        if self.status is Status.ACTIVE:
+            self.backup.fresh_ns = self.now_ns
         if self.replication is not None:
-            self.backup.heard_ns = self.now_ns
             self.take_decided()
             self.replication = self._on_opened = None
             self.writer.forget_after(self.commit_seq)
@@ -253,9 +254,9 @@ class Replica:
 
     @property
     def has_followed(self) -> bool:
-        """A backup, or one that was in this life and waits for the next primary: what is committed here was so not long
-        ago, and an answer at ONE says how long."""
-        return self.status in (Status.FOLLOWING, Status.PROMISED) and self.backup.heard_ns > 0
+        """A backup, or one that was in this life and waits for the next primary: what is committed here was all of it
+        not long ago, and an answer at ONE says how long."""
+        return self.status in (Status.FOLLOWING, Status.PROMISED) and self.backup.fresh_ns > 0
 
     @property
     def is_whole(self) -> bool:
@@ -315,8 +316,8 @@ class Replica:
 
     @property
     def age_ms(self) -> int:
-        """How long ago a backup has heard from its primary."""
-        return 0 if self.replication else (self.now_ns - self.backup.heard_ns) // 1_000_000
+        """How long ago a backup had all that its primary had committed."""
+        return 0 if self.is_active else (self.now_ns - self.backup.fresh_ns) // 1_000_000
 
     # ---- the primary's log ----
 

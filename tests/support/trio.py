@@ -230,10 +230,16 @@ class Trio:
     def get(self, primary: str, key: bytes, level: str = "quorum") -> list[Any]:
         return self._submit(primary, Batch(bytes([b.GET]), [key], consistency=level))
 
-    def _submit(self, primary: str, batch: Batch) -> list[BatchReply | BusKVError]:
+    def get_anywhere(self, name: str, key: bytes) -> list[Any]:
+        """A get at ONE from any replica."""
+        return self._submit(name, Batch(bytes([b.GET]), [key], consistency="one"), is_for_any=True)
+
+    def _submit(
+        self, primary: str, batch: Batch, is_for_any: bool = False
+    ) -> list[BatchReply | BusKVError]:
         answers: list[BatchReply | BusKVError] = []
         replica = self[primary]
-        epoch = replica.shard.epoch
+        epoch = None if is_for_any else replica.shard.epoch
         replica.writer.submit(batch, batch.encode(), epoch, LATE_NS, answers.append)
         return answers
 

@@ -292,6 +292,53 @@ def test_a_gap_is_fetched(trio: Trio) -> None:
 # ---- R7: takeover ----
 
 
+def test_a_sealed_backup_answers_at_one_and_says_since_when_it_may_be_old(trio: Trio) -> None:
+    trio.put("n1", b"k", b"1")
+    trio.settle()
+    trio["n2"].promise(2, "t2")
+    trio.now_ns += 5_000_000_000
+    (reply,) = trio.get_anywhere("n2", b"k")
+    assert value_of([reply]) == b"1"
+    assert reply.read is not None
+    assert reply.read[2] == 5000
+
+
+def test_who_has_not_followed_in_this_life_answers_nothing(trio: Trio) -> None:
+    """Neither after a restart nor after an attempt to open that came to nothing: it may have missed much."""
+    trio.put("n1", b"k", b"1")
+    trio.settle()
+    trio.restart("n2")
+    trio.open(trio.record("n2", "n1", "n2", "n3", epoch=2))
+    trio["n2"].promise(3, "t3")
+    assert isinstance(trio.get_anywhere("n2", b"k")[0], BusKVError)
+
+
+class Measured(bytes):
+    """Bytes that know how often they were measured."""
+
+    times = 0
+
+    def __len__(self) -> int:
+        Measured.times += 1
+        return super().__len__()
+
+
+def test_an_entry_that_comes_too_early_is_kept_at_the_same_cost_however_many_are(
+    trio: Trio,
+) -> None:
+    """Else a replica that lags falls ever further behind (found by `bus-kv chaos --fault wipe-disk`)."""
+    trio.put("n1", b"missed", b"1")
+    trio.messages("n1")
+    Measured.times = 0
+    for i in range(200):
+        trio.put("n1", b"k%d" % i, b"1")
+        for message in trio.messages("n1"):
+            entries = [Measured(body) for body in message["entries"]]
+            trio.deliver([{**message, "entries": entries}], "n3")
+    assert Measured.times < 200 * 10
+    assert trio["n3"].pull.is_on
+
+
 def test_a_new_primary_takes_over_the_longest_sealed_log(trio: Trio) -> None:
     done = trio.put("n1", b"k", b"1")
     trio.deliver(trio.messages("n1"), "n3")

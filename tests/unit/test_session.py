@@ -8,7 +8,13 @@ from bus_kv.client.calls import NoCoordinator
 from bus_kv.client.results import Entry, Receipt
 from bus_kv.client.session import Session
 from bus_kv.core.machine import Publish, Received, Request, Responded
-from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, Overloaded
+from bus_kv.errors import (
+    BusKVError,
+    KeyspaceUnknown,
+    NotPrimary,
+    OutcomeUnknown,
+    Overloaded,
+)  # fmt: skip
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import BatchReply, decode_batch
@@ -326,7 +332,8 @@ def test_a_primary_that_answers_others_is_not_suspected() -> None:
         b.PUT, [b"m"] * 200, [b"v"] * 200, [*range(200)], client.now_ns, "default", None, None
     )
     (quick, *_) = client.sent()
-    client.answer(quick, NotPrimary("not here").to_body())
+    reply = BatchReply(bytes([b.CREATED]) * 200, 3, 42)
+    client.answer(quick, {"batch": reply.to_wire()})
     client.later(1)
     assert suspects_of(client) == []
     client.later(Knobs().suspect_after_ms)
@@ -390,3 +397,36 @@ def test_what_waits_for_a_shard_is_not_sent_to_a_primary_that_does_not_serve_yet
     assert {sent.subject for sent in client.later(10)} == {
         "bkv.shard.a.request", "bkv.shard.b.request",
     }  # fmt: skip
+
+
+def test_a_shard_that_cannot_commit_holds_up_no_other_one_of_its_primary() -> None:
+    client = Client(map_of_three(7))
+    for _ in range(3):
+        client.put_to(b"a")
+    client.later(Knobs().suspect_after_ms)
+    client.put_to(b"b")
+    asked: list[str] = []
+    for _ in range(6):
+        client.put_to(b"a")
+        asked += [sent.subject for sent in writes(client.later(Knobs().suspect_after_ms))]
+    assert "bkv.shard.b.request" in asked
+
+
+def test_of_two_primaries_that_hear_a_request_the_other_one_ends_no_silence() -> None:
+    """The next one listens before it serves, and leaves what is of an earlier epoch to the silent one."""
+    client = Client(map_of_three(7))
+    (first,) = client.put_to(b"a")
+    client.later(Knobs().suspect_after_ms)
+    client.answer(first, OutcomeUnknown("not known here").to_body())
+    client.put_to(b"b")
+    assert client.put_to(b"a") == [], "one message at a time still"
+
+
+def test_before_a_keyspace_is_said_to_be_unknown_the_map_is_read() -> None:
+    client = Client()
+    client.session.submit(b.PUT, b"k", b"v", "put", client.now_ns, "young")
+    (asked,) = client.sent()
+    assert decode_cbor(asked.body) == {}
+    client.answer(asked, shard_map(7).public())
+    client.later(100)
+    assert isinstance(client.outcomes[0], KeyspaceUnknown)
