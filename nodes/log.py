@@ -32,6 +32,7 @@ from bus_kv.core.machine import (
     ReplicaRow,
     Trim,
 )  # fmt: skip
+from bus_kv.protocol.sizes import ENTRY_BYTES
 from bus_kv.runtime.threads import NamedThread
 from nodes.wal import cut_commits
 
@@ -341,7 +342,7 @@ class NodeLog:
         room = read.bytes_max
         rows: list[tuple[int, EntryRow]] = []
         for rowid, last, epoch, checksum, body in self._db.execute(query, (read.shard,)):
-            room -= len(body)
+            room -= len(body) + ENTRY_BYTES
             if rows and room < 0:
                 break
             if _checksum(read.shard, last, epoch, body) != checksum:
@@ -362,7 +363,7 @@ class NodeLog:
         rows: list[EntryRow] = []
         room = read.bytes_max
         for row in self.entries(read.shard, seq if have else 0):
-            room -= len(row.body)
+            room -= len(row.body) + ENTRY_BYTES
             if rows and room < 0:
                 break
             rows.append(row)

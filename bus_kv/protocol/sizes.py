@@ -24,6 +24,8 @@ READ_BYTES = 48
 """What the answer to a get takes beside its value: outcome, version, lifetime."""
 UNANSWERED_BYTES = 4
 """What a get takes in an answer that leaves it out."""
+ENTRY_BYTES = 9
+"""What an entry takes in a list of them beside its own bytes: CBOR says how long it is."""
 ITEM_BYTES = 64
 """What an item of a scan takes beside key and value."""
 

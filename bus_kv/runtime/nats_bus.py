@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from nats.aio.client import Client as NatsClient
 from nats.errors import Error as NatsError
-from nats.errors import SecureConnWantedError
+from nats.errors import MaxPayloadError, SecureConnWantedError
 from nats.js.api import KeyValueConfig, StorageType
 from nats.js.errors import (
     APIError,
@@ -218,6 +218,8 @@ class NatsBus:
             return
         try:
             await self._client.publish(subject, body, reply, dict(headers) if headers else None)
+        except MaxPayloadError:
+            log.error("%d bytes are too many for one message to %s: not sent", len(body), subject)
         except (NatsError, OSError) as error:
             log.debug("not sent to %s: %r", subject, error)
 

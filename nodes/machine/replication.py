@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.knobs import MILLISECOND_NS
+from bus_kv.protocol.sizes import ENTRY_BYTES
 
 if TYPE_CHECKING:
     from bus_kv.knobs import Knobs
@@ -106,11 +107,11 @@ class Replication:
         messages = [self._message(last, [], commit_seq)] if not pending else []
         room = 0
         for previous, body in pending:
-            if len(body) > room:
+            if len(body) + ENTRY_BYTES > room:
                 messages.append(self._message(previous, [], commit_seq))
                 room = bytes_max
             messages[-1]["entries"].append(body)
-            room -= len(body)
+            room -= len(body) + ENTRY_BYTES
         settled = (
             not pending and commit_seq == last[1] == self.all(self.match)
             and self.quorum(self.rounds) == self.round

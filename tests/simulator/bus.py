@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bus_kv.core.machine import Received, Responded
-from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS
+from tests.simulator.world import MICROSECOND_NS, MILLISECOND_NS, Violation
 
 if TYPE_CHECKING:
     from tests.simulator.process import Process
     from tests.simulator.world import World
 
 DELAY_NS = (50 * MICROSECOND_NS, 400 * MICROSECOND_NS)
+MAX_PAYLOAD_BYTES = 65_536
 SLOW_DELAY_NS = 300 * MILLISECOND_NS
 
 
@@ -55,6 +56,10 @@ class Bus:
 
     def publish(self, sender: Process, subject: str, body: bytes, reply: str = "") -> None:
         self._world.note(sender.name, f"-> {subject}", body)
+        if len(body) > MAX_PAYLOAD_BYTES:
+            raise Violation(
+                f"{sender.name} sends {len(body)} bytes to {subject}: no server takes them"
+            )
         if sender.cut_out:
             return
         if subject.startswith("_INBOX."):

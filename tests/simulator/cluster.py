@@ -27,7 +27,7 @@ from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachin
 from nodes.machine.node import NodeConfig, NodeMachine
 from nodes.machine.replica import Past
 from nodes.machine.status import Status
-from tests.simulator.bus import Bus
+from tests.simulator.bus import MAX_PAYLOAD_BYTES, Bus
 from tests.simulator.disk import Disk
 from tests.simulator.process import Process
 from tests.simulator.store import Store
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from bus_kv.core.machine import EntryRow, Ready
     from nodes.machine.replica import Replica
     from tests.simulator.shape import Shape
-
-MAX_PAYLOAD_BYTES = 65_536
 
 
 class Cluster:

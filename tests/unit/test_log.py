@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from bus_kv.core.machine import Append, AppendCompleted, EntryRow
+from bus_kv.core.machine import Append, AppendCompleted, EntryRow, LogRead
+from bus_kv.protocol.codec import encode_cbor
+from bus_kv.protocol.sizes import Sizes
 from nodes.log import LOG_NAME, NodeLog
 
 
@@ -80,3 +82,15 @@ def test_a_log_of_the_format_before_keeps_its_map(tmp_path: Path) -> None:
     again = NodeLog(tmp_path, "n1")
     assert again.map() == shard_map(2, s1=1, s2=2)
     again.close()
+
+
+def test_many_small_entries_fit_into_the_message_that_they_are_asked_for(log: Log) -> None:
+    """A replica that has missed a megabyte of them would never get it (found by `bus-kv chaos --fault wipe-disk`)."""
+    sizes = Sizes(1 << 20)
+    log.append(1, *(EntryRow("s1", i, 1, b"x" * 60) for i in range(1, 20_001)))
+    log.until_completed(1)
+    log.log.read(LogRead(2, "s1", (0, 0), sizes.entry))
+    answer = log.events.get(timeout=10)
+    _, rows = answer.rows
+    assert len(rows) > 10_000
+    assert len(encode_cbor({"entries": [row.body for row in rows]})) <= sizes.message
