@@ -8,6 +8,7 @@ import pytest
 
 from bus_kv.core.machine import Append, CutRow, CutsRead, EntryRow, Fold, Mark, ReplicaRow
 from bus_kv.protocol.entry import decode_entry
+from bus_kv.protocol.sizes import ENTRY_BYTES
 from nodes import log as log_module
 from nodes.log import NodeLog
 from nodes.machine.cuts import logged, rolled_back_in
@@ -155,7 +156,7 @@ def test_the_log_forgets_what_was_told(tmp_path: Path) -> None:
     log, events = opened_log(tmp_path)
     rows = [EntryRow("s1", seq, 1, b"x" * 10) for seq in (1, 2, 3)]
     cut_all(log, rows)
-    log.read(CutsRead(3, "s1", 0, 20))
+    log.read(CutsRead(3, "s1", 0, 2 * (10 + ENTRY_BYTES)))
     log.close()
     first, second = events[-1].rows
     assert (first[1], second[1]) == (rows[0], rows[1])
