@@ -54,7 +54,10 @@ CUTS_BYTES_MAX = 256 << 20
 CHECKPOINT_PAGES = 4096
 """WAL pages after which SQLite copies them into the database file; larger means rarer and longer stalls."""
 
-_SCHEMA = """
+_MAP_SHARDS = """
+CREATE TABLE map_shards (shard TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID
+"""
+_SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE replicas (
     shard TEXT PRIMARY KEY, promised_epoch INTEGER NOT NULL, promised_token TEXT NOT NULL,
@@ -69,7 +72,7 @@ CREATE TABLE cuts (
     shard TEXT NOT NULL, last INTEGER NOT NULL, epoch INTEGER NOT NULL,
     checksum INTEGER NOT NULL, body BLOB NOT NULL, cut_epoch INTEGER NOT NULL
 );
-CREATE TABLE map_shards (shard TEXT PRIMARY KEY, record TEXT NOT NULL) WITHOUT ROWID;
+{_MAP_SHARDS};
 """
 """`cuts` keeps what was taken out of the log because the epoch `cut_epoch` began with another one, until the
 primary has written down that it was rolled back."""
@@ -162,7 +165,7 @@ class NodeLog:
         except ValueError as error:
             raise _damaged(self.path, f"its map is not readable: {error}") from None
         self._db.execute("BEGIN")
-        self._db.execute(next(s for s in _SCHEMA.split(";") if "map_shards" in s))
+        self._db.execute(_MAP_SHARDS)
         self._put_map(shards, head=None)
         version = [str(FORMAT_VERSION)]
         self._db.execute("UPDATE meta SET value = ? WHERE name = 'format_version'", version)

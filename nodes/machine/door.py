@@ -132,7 +132,7 @@ class Door:
             f"node {self._node.config.id} has a full inbox; send it again"
         )
         replica = self._node.replicas.get(message.name) if message.channel == "shard" else None
-        if replica is not None and replica.may_be_another_s(requested_epoch(message.body)):
+        if replica is not None and not replica.refuses_for_good(requested_epoch(message.body)):
             error = OutcomeUnknown(error.message)
         body = encode_body(codec_of(message.body), error.to_body())
         return Publish(message.reply, body, failure_headers(error))

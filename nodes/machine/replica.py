@@ -293,7 +293,7 @@ class Replica:
         """Why this replica cannot answer; `epoch` None: any replica will do, a stale answer too."""
         if epoch is None and self.has_followed:
             return None
-        if epoch is not None and self.may_be_another_s(epoch):
+        if epoch is not None and not self.refuses_for_good(epoch):
             return OutcomeUnknown(
                 f"what becomes of epoch {epoch} of shard {self.shard.id} is not known here"
             )
@@ -305,14 +305,14 @@ class Replica:
             return StaleEpoch(f"shard {self.shard.id} is at epoch {self.shard.epoch}; read the map")
         return None
 
-    def may_be_another_s(self, epoch: int) -> bool:
-        """Whether another replica may be doing what is asked of this epoch, so that only that one can refuse for good.
+    def refuses_for_good(self, epoch: int) -> bool:
+        """Whether nobody does what is asked of this epoch once this replica has refused it.
 
-        The primary of a later epoch may; and that of an earlier one, until this replica is known to be ACTIVE: should
-        its attempt come to nothing, the earlier log may still be the one that is chosen.
+        The primary of a later epoch may do it; and that of an earlier one, until this replica is known to be ACTIVE:
+        should its attempt come to nothing, the earlier log may still be the one that is chosen.
         """
-        is_earlier = epoch < self.opened_epoch and self.status is not Status.ACTIVE
-        return is_earlier or epoch > self.opened_epoch
+        is_over = epoch < self.opened_epoch and self.status is Status.ACTIVE
+        return is_over or epoch == self.opened_epoch
 
     @property
     def age_ms(self) -> int:

@@ -53,35 +53,32 @@ def shard_map(version: int, **epochs: int) -> dict[str, Any]:
     return {"map_version": version, "shards": {id: {"epoch": e} for id, e in epochs.items()}}
 
 
-def test_the_map_is_remembered_change_by_change(tmp_path: Path) -> None:
-    log = Log(tmp_path)
-    log.log.append(Append(1, [], [], shard_map(1, s1=1, s2=1)))
-    log.log.append(
-        Append(2, [], [], {"map_version": 2, "shards": {"s2": None, "s3": {"epoch": 2}}})
-    )
-    log.until_completed(2)
+def map_after(directory: Path, *changes: dict[str, Any]) -> Any:
+    """What a log remembers that takes these changes of the map and is opened again."""
+    log = Log(directory)
+    for ticket, change in enumerate(changes, 1):
+        log.log.append(Append(ticket, [], [], change))
+    log.until_completed(len(changes))
     log.log.close()
-    again = NodeLog(tmp_path, "n1")
-    assert again.map() == shard_map(2, s1=1, s3=2)
+    again = NodeLog(directory, "n1")
+    map = again.map()
     again.close()
+    return map
+
+
+def test_the_map_is_remembered_change_by_change(tmp_path: Path) -> None:
+    gone = {"map_version": 2, "shards": {"s2": None, "s3": {"epoch": 2}}}
+    assert map_after(tmp_path, shard_map(1, s1=1, s2=1), gone) == shard_map(2, s1=1, s3=2)
 
 
 def test_a_log_of_the_format_before_keeps_its_map(tmp_path: Path) -> None:
     NodeLog(tmp_path, "n1").close()
-    db = sqlite3.connect(tmp_path / LOG_NAME)
-    with db:
+    with sqlite3.connect(tmp_path / LOG_NAME) as db:
         db.execute("DROP TABLE map_shards")
         db.execute("UPDATE meta SET value = '1' WHERE name = 'format_version'")
         db.execute("INSERT INTO meta VALUES ('map', ?)", [json.dumps(shard_map(1, s1=1, s2=1))])
     db.close()
-    log = Log(tmp_path)
-    assert log.log.map() == shard_map(1, s1=1, s2=1)
-    log.log.append(Append(1, [], [], shard_map(2, s2=2)))
-    log.until_completed(1)
-    log.log.close()
-    again = NodeLog(tmp_path, "n1")
-    assert again.map() == shard_map(2, s1=1, s2=2)
-    again.close()
+    assert map_after(tmp_path, shard_map(2, s2=2)) == shard_map(2, s1=1, s2=2)
 
 
 def test_many_small_entries_fit_into_the_message_that_they_are_asked_for(log: Log) -> None:
