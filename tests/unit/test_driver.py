@@ -8,7 +8,7 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
-from bus_kv.core.machine import Halt, Ready, Received
+from bus_kv.core.machine import Halt, Publish, Ready, Received, Subscribe
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 
@@ -65,3 +65,50 @@ async def test_what_has_come_meanwhile_is_heard_before_a_deadline_that_has_passe
     os.close(reading)
     os.close(writing)
     assert machine.seen == ["n1"]
+
+
+class Restless(Patient):
+    """Listens on two shards, then no more, then anew, in a turn each, and halts."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.deadline_ns = None
+        self.turns = 0
+
+    def take_ready(self, now_ns: int) -> Ready:
+        del now_ns
+        self.turns += 1
+        effects: list[Any] = [Subscribe("shard", s, self.turns != 2) for s in ("s1", "s2")]
+        return Ready([*effects, Publish("again", b""), *[Halt(0, "")] * (self.turns == 3)])
+
+
+class Hasty:
+    """A bus that tells what it is asked for, in order, and has the next turn begin at once."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.driver: Driver | None = None
+
+    async def subscribe(self, subject: str, *_: Any) -> str:
+        self.asked.append(f"join {subject}")
+        return subject
+
+    async def drain(self, subscription: str) -> None:
+        self.asked.append(f"leave {subscription}")
+
+    async def publish(self, *_: Any, headers: None) -> None:
+        assert self.driver is not None
+        self.driver.wake()
+
+
+async def test_a_subject_is_left_before_it_is_joined_again() -> None:
+    """Else what comes in between would be handled twice."""
+    bus = Hasty()
+    subjects: Any = {"shard": (str, "")}
+    bus.driver = Driver(
+        Restless(), cast("Any", bus), Clock(), inbox_messages_max=10, subjects=subjects
+    )
+    bus.driver.wake()
+    await bus.driver.run()
+    join, leave = ["join s1", "join s2"], ["leave s1", "leave s2"]
+    assert bus.asked == [*join, *leave, *join]

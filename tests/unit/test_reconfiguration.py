@@ -288,28 +288,40 @@ def test_all_shards_of_a_dead_node_change_hands_in_one_change_of_the_map() -> No
     assert len({shard.epoch for shard in changed.shards.values()}) == 200
 
 
+def many_of(members: int, *, count: int = 50) -> tuple[ShardMap, Heard]:
+    """So many shards under n1, all of them well; one member short where `members` is 2."""
+    base = shard_of(members)
+    shards = {f"s{i}": replace(base, id=f"s{i}", token=f"t{i}") for i in range(count)}
+    beats = [Heartbeat("n3", "i3", (1, "r"))]
+    for n in range(1, members + 1):
+        report = beat(n, base, "active" if n == 1 else "following").shards[0]
+        reports = [replace(report, id=id, token=shard.token) for id, shard in shards.items()]
+        beats.append(replace(beat(n, base), shards=reports))
+    return replace(map_of(base, nodes=3), shards=shards), heard_of(base, *beats)
+
+
+def begun(map: ShardMap, heard: Heard) -> int:
+    """How many shards the next map reconfigures."""
+    changed = plan.next_map(map, heard, Knobs(), lambda: "new")
+    return [shard.state for shard in changed.shards.values()].count(ShardState.RECOVERING)
+
+
 def test_shards_that_are_served_take_their_steps_a_few_at_a_time() -> None:
     """Each stands still for a moment; a dead node's shards do so anyway, and are not made to wait."""
-    base = shard_of(2)
-    shards = {f"s{i}": replace(base, id=f"s{i}", token=f"t{i}") for i in range(50)}
-    map = replace(map_of(base, nodes=3), shards=shards)
-    reports = {
-        n: [replace(beat(n, base, "active" if n == 1 else "following").shards[0], id=id,
-                    token=shards[id].token) for id in shards]
-        for n in (1, 2)
-    }  # fmt: skip
-    beats = [replace(beat(n, base), shards=reports[n]) for n in (1, 2)]
-    heard = heard_of(base, *beats, Heartbeat("n3", "i3", (1, "r")))
-
-    def recovering() -> int:
-        changed = plan.next_map(map, heard, Knobs(), lambda: "new")
-        return [s.state for s in changed.shards.values()].count(ShardState.RECOVERING)
-
-    assert recovering() == plan.PLANNED_MAX
+    map, heard = many_of(2)
+    assert begun(map, heard) == plan.PLANNED_MAX
     heard.changing = plan.PLANNED_MAX - 1
-    assert recovering() == 1
+    assert begun(map, heard) == 1
     heard.silent.add("n1")
-    assert recovering() == 50
+    assert begun(map, heard) == 50
+
+
+def test_shards_that_cannot_commit_are_not_made_to_wait() -> None:
+    """Of two members the backup is dead: only without it can the primary go on."""
+    map, heard = many_of(2)
+    heard.silent.add("n2")
+    heard.changing = plan.PLANNED_MAX
+    assert begun(map, heard) == 50
 
 
 # ---- what proves a change of the map ----
