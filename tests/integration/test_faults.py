@@ -80,11 +80,15 @@ async def test_without_its_only_member_a_shard_is_unavailable(
         assert (await alone.until_ok("get", key="a"))["value"] == "1"
 
 
-async def test_a_batch_tells_for_each_operation_that_its_shard_is_gone(alone: Cluster) -> None:
-    alone.kill("n1")
-    ops = [{"op": "put", "key": "a", "value": "1"}, {"op": "get", "key": "a"}]
-    results = (await alone.bus.ask("batch", ops=ops)).fields["results"]
-    assert [r["code"] for r in results] == ["SHARD_UNAVAILABLE"] * 2
+async def test_a_batch_tells_for_each_operation_that_its_shard_is_gone(
+    nats_url: str, tmp_path: Path
+) -> None:
+    async with alone_on(nats_url, tmp_path, suspect_after_ms=1200) as alone:
+        alone.kill("n1")
+        await until(lambda: nobody_serves(alone.bus))
+        ops = [{"op": "put", "key": "a", "value": "1"}, {"op": "get", "key": "a"}]
+        results = (await alone.bus.ask("batch", ops=ops)).fields["results"]
+        assert [r["code"] for r in results] == ["SHARD_UNAVAILABLE"] * 2
 
 
 async def test_health_tells_of_a_dead_primary_that_nobody_can_replace(alone: Cluster) -> None:
