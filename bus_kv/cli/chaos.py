@@ -19,6 +19,8 @@ from bus_kv.runtime.process import FAILED, OK, USAGE
 from bus_kv.runtime.serve_options import knobs_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from bus_kv.cli.chaos_faults import Fault
     from bus_kv.cli.chaos_run import Plan
 
@@ -55,8 +57,9 @@ async def chaos(
     schedule, and waits each time until all is whole again. Then it checks that every key's history
     is linearizable, that no acknowledged write is lost and that every request was applied once.
     "accepted" is the time from the strike until writes were accepted again in every shard,
-    "standstill" the longest time without an accepted write. After a violation the exit code is 1 and the cluster's
-    data are kept beside the history.
+    "standstill" the longest time without an accepted write. After a violation the exit code is 1 and
+    the cluster's data are kept beside the history. The report of a run that is interrupted has what
+    was measured until then, not judged.
 
     Faults: kill-primary, kill-backup, kill-coordinator, kill-primary-and-coordinator, kill-all,
     kill-in-turn (kill -9; the last: both backups, then the primary, which stays away longest) ·
@@ -88,13 +91,17 @@ async def chaos(
         "seed": plan.seed, "operations": operations, "times": times, "keys": keys,
         "shards": shards, "knobs": dict(plan.knobs), "faults": [],
     }  # fmt: skip
+
+    def keep(told: dict[str, Any]) -> None:
+        document["faults"].append(told)
+        _write(report, document)
+
     try:
         for chosen in faults:
             if not chosen.is_possible:
                 call.out.warning(f"{chosen.name} is left out: it needs {chosen.program}")
                 continue
-            document["faults"].append(await _run(call, chosen, plan, data))
-            _write(report, document)
+            await _run(call, chosen, plan, data, keep)
     except ClusterError as error:
         raise CommandFailed("CLUSTER", str(error)) from None
     _tell(call, document, report)
@@ -125,22 +132,26 @@ def _knobs(texts: list[str]) -> dict[str, float]:
     return {name: getattr(knobs, name) for name in (text.partition("=")[0] for text in texts)}
 
 
-async def _run(call: Call, fault: Fault, plan: Plan, parent: Path) -> dict[str, Any]:
-    """What became of it, and where the data are, which are kept after a violation."""
+async def _run(
+    call: Call, fault: Fault, plan: Plan, parent: Path, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Keep what became of it, also when it is interrupted, and after a violation the cluster's data."""
     from bus_kv.cli.chaos_run import Trial
 
     call.out.note(f"{fault.name}: at least {plan.operations:,} operations")
     folder = _folder(parent, fault.name)
+    trial = Trial(folder, fault, plan, call.out.note)
     try:
-        report = await Trial(folder, fault, plan, call.out.note).run()
+        verdict = await trial.run()
+        if verdict.is_good:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            call.out.note(f"  {fault.name}: {verdict.violations[0]}")
     except asyncio.CancelledError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    if report.verdict.is_good:
-        shutil.rmtree(folder, ignore_errors=True)
-        return report.to_json() | {"data": None}
-    call.out.note(f"  {fault.name}: {report.verdict.violations[0]}")
-    return report.to_json() | {"data": str(folder)}
+    finally:
+        keep(trial.report.to_json() | {"data": str(folder) if folder.exists() else None})
 
 
 def _folder(parent: Path, fault: str) -> Path:

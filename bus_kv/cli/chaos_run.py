@@ -82,7 +82,8 @@ class Report:
     fault: str
     calls: list[Call] = field(default_factory=list)
     injections: list[Injection] = field(default_factory=list)
-    verdict: Verdict = field(default_factory=Verdict)
+    verdict: Verdict | None = None
+    """None until it was judged: a run that was interrupted never is."""
 
     def count(self, *outcomes: Outcome) -> int:
         return sum(call.outcome in outcomes for call in self.calls)
@@ -106,8 +107,9 @@ class Report:
                 (i.standstill_s for i in self.injections if i.standstill_s is not None),
                 default=None,
             ),
-            "lost": self.verdict.lost,
-            "violations": self.verdict.violations,
+            "judged": self.verdict is not None,
+            "lost": self.verdict.lost if self.verdict else None,
+            "violations": self.verdict.violations if self.verdict else [],
             "injections": [asdict(injection) for injection in self.injections],
         }
 
@@ -131,31 +133,37 @@ class Trial:
         self._servers = servers or server_processes(folder, fault.servers)
         self._random = random.Random(f"{plan.seed}/{fault.name}")
         self._load = Load(plan.keys, plan.shards, f"{plan.seed}/{fault.name}")
-        self._report = Report(fault.name, self._load.calls)
+        self.report = Report(fault.name, self._load.calls)
+        """Also of a run that was cancelled: what was measured until then."""
 
-    async def run(self) -> Report:
+    async def run(self) -> Verdict:
         """Raises ClusterError and the like when processes cannot be started; what happens later is in the report."""
+        try:
+            found = await self._find()
+        finally:
+            self._measure()
+        # Not before all is closed: it takes long, and a connection that answers no pings meanwhile is dropped.
+        verdict = self.report.verdict = self._judge(found)
+        if not verdict.is_good:
+            self._keep_history()
+        return verdict
+
+    async def _find(self) -> Evidence | str:
+        """What the cluster says of itself in the end, or why it has not come so far."""
         cluster = ChaosCluster(
             self._folder, servers=self._servers, links=self._fault.links,
             shards=self._plan.shards, knobs=self._plan.knobs,
         )  # fmt: skip
-        found: Evidence | str
         async with cluster, bus_kv.connect(options=cluster.connection) as db:
             try:
                 await cluster.wait_whole(db, WHOLE_DEADLINE_S)
-                found = await self._strike_and_ask(cluster, db)
+                return await self._strike_and_ask(cluster, db)
             except FAILURES as error:
-                found = str(error) or type(error).__name__
-        # Not before all is closed: it takes long, and a connection that answers no pings meanwhile is dropped.
-        self._report.verdict = self._judge(found)
-        self._measure()
-        if not self._report.verdict.is_good:
-            self._keep_history()
-        return self._report
+                return str(error) or type(error).__name__
 
     def _judge(self, found: Evidence | str) -> Verdict:
         """By the evidence, or, where the cluster has not come so far, by what its clients were told."""
-        calls = self._report.calls
+        calls = self.report.calls
         if isinstance(found, str):
             return Verdict(violations=[f"stuck: {found}", *check_linearizable(calls)])
         return check(calls, found)
@@ -175,7 +183,7 @@ class Trial:
         hold_s = self._random.uniform(0.05, _SHORT_S_MAX if injection.is_short else _HOLD_S_MAX)
         await self._until_more(injection.after_operations)
         injection.targets = await self._fault.choose(cluster, db, self._random)
-        self._report.injections.append(injection)
+        self.report.injections.append(injection)
         injection.began_ns = monotonic_ns()
         async with self._fault.act(cluster, injection.targets):
             injection.struck_ns = monotonic_ns()
@@ -191,7 +199,7 @@ class Trial:
 
     def _is_short(self) -> bool:
         """The first strike lasts, so that there is a time to report."""
-        is_first = not self._report.injections
+        is_first = not self.report.injections
         return self._fault.may_be_short and not is_first and self._random.random() < _SHORT_SHARE
 
     async def _until_more(self, count: int) -> None:
@@ -231,9 +239,9 @@ class Trial:
     # ---- afterwards ----
 
     def _measure(self) -> None:
-        accepted = [c for c in self._report.calls if c.is_acknowledged_write]
+        accepted = [c for c in self.report.calls if c.is_acknowledged_write]
         returns = sorted(c.returned_ns for c in accepted if c.returned_ns is not None)
-        for injection in self._report.injections:
+        for injection in self.report.injections:
             accepted_ns = self._load.accepted_ns(injection.struck_ns)
             if accepted_ns is not None:
                 injection.accepted_s = _seconds(accepted_ns - injection.began_ns)
@@ -246,7 +254,7 @@ class Trial:
 
     def _keep_history(self) -> None:
         with (self._folder / "history.jsonl").open("w") as file:
-            for call in self._report.calls:
+            for call in self.report.calls:
                 file.write(json.dumps(call.to_json()) + "\n")
 
 

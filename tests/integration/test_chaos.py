@@ -1,6 +1,8 @@
 """`bus-kv chaos` in its short form: a few faults on real processes, and what the report says."""
 
+import asyncio
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 from bus_kv.cli.chaos_faults import FAULTS
 from bus_kv.cli.chaos_run import Plan, Trial
 from bus_kv.runtime.nats_server import NatsServerMissing
-from tests.support.command import run_module
+from tests.support.command import DEADLINE_S, run_module, start_module
 from tests.support.nats import container_servers
 
 pytestmark = pytest.mark.usefixtures("nats_binary")
@@ -66,14 +68,34 @@ async def test_jetstream_may_lose_its_leader(tmp_path: Path) -> None:
     fault = FAULTS["lose-jetstream-leader"]
     try:
         async with container_servers(fault.servers) as servers:
-            report = await Trial(tmp_path, fault, plan, lambda _: None, servers).run()
+            trial = Trial(tmp_path, fault, plan, lambda _: None, servers)
+            verdict = await trial.run()
     except NatsServerMissing:
-        report = await Trial(tmp_path, fault, plan, lambda _: None).run()
-    assert report.verdict.violations == []
+        trial = Trial(tmp_path, fault, plan, lambda _: None)
+        verdict = await trial.run()
+    report = trial.report
+    assert verdict.violations == []
     assert len(report.calls) >= 2000
     (injection,) = report.injections
     assert injection.targets[0].startswith("nats-")
     assert injection.accepted_s is not None
+
+
+async def test_an_interrupted_run_keeps_what_it_measured(tmp_path: Path):
+    """Half an hour of strikes is not lost because the last one was not waited for."""
+    endless = ("--fault", "kill-backup", "--times", "1000", "--operations", "1000", *QUICK)
+    process = await start_module("bus_kv", "chaos", "--data", str(tmp_path), *endless, cwd=tmp_path)
+    assert process.stderr is not None
+    async with asyncio.timeout(DEADLINE_S):
+        while b"1/1000: whole again" not in await process.stderr.readline():
+            assert process.returncode is None
+        process.send_signal(signal.SIGINT)
+        await process.communicate()
+    (report,) = json.loads((tmp_path / "chaos-report.json").read_text())["faults"]
+    assert (report["judged"], report["lost"]) == (False, None)
+    assert report["injections"][0]["accepted_s"] > 0
+    assert report["operations"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["chaos-report.json"]
 
 
 async def test_an_unknown_fault_is_refused_with_the_names_of_all(tmp_path: Path):
