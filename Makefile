@@ -27,8 +27,9 @@ setup: .venv/installed  ## .venv with the locked packages and bus-kv; nats-serve
 demo: setup  ## set up, then show the main job on real data, and end
 	@exec $(BIN)/python -m bus_kv.cli.demo $(ARGS)
 
+# Two at once: most tests wait for processes. Those of one file share a cluster, so they stay together.
 test: setup  ## set up, then run all tests
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 check: setup  ## set up, then formatting, linting, types, import rules
 	@$(BIN)/ruff format --check

@@ -42,17 +42,23 @@ def _health(node: NodeMachine) -> dict[str, Any]:
 def _shard_reasons(node: NodeMachine, shard: Shard) -> list[str]:
     if shard.state is not ShardState.ACTIVE:
         return [f"shard {shard.id} is {shard.state}"]
-    up = [m.node for m in shard.members if _is_up(node, m.node)]
-    if shard.primary not in up:
-        return [f"primary {shard.primary} of shard {shard.id} is not up"]
-    if len(up) < shard.quorum:
-        return [f"shard {shard.id} has {len(up)} of the {shard.quorum} members it needs"]
+    absences = {m.node: _absence(node, m) for m in shard.members}
+    if absence := absences[shard.primary]:
+        return [f"primary {shard.primary} of shard {shard.id} {absence}"]
+    up = sum(not absence for absence in absences.values())
+    if up < shard.quorum:
+        return [f"shard {shard.id} has {up} of the {shard.quorum} members it needs"]
     return []
 
 
-def _is_up(node: NodeMachine, id: str) -> bool:
-    known = node.map.nodes.get(id)
-    return known is not None and known.state in (NodeState.UP, NodeState.DRAINING)
+def _absence(node: NodeMachine, member: Member) -> str:
+    """Why a member does not take part; empty: it does."""
+    known = node.map.nodes.get(member.node)
+    if known is None or known.state not in (NodeState.UP, NodeState.DRAINING):
+        return "is not up"
+    if known.incarnation != member.incarnation:
+        return "has come back without its data: start it with its former data directory"
+    return ""
 
 
 def _stats(node: NodeMachine) -> dict[str, Any]:

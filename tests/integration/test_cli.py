@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -19,14 +20,13 @@ from bus_kv.runtime.nats_server import SYNC_ALWAYS_VERSION_MIN, server_version
 from tests.support.command import DEADLINE_S, Ran, run_module, start_module, until_gone
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-ROOT = "test.cli"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def cluster(
     nats_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LocalCluster]:
-    options = ConnectOptions(servers=(nats_url,), root=ROOT)
+    options = ConnectOptions(servers=(nats_url,), root=f"test.cli-{secrets.token_hex(4)}")
     async with LocalCluster(tmp_path_factory.mktemp("cluster"), connection=options) as cluster:
         await cluster.wait_healthy()
         yield cluster
@@ -39,7 +39,8 @@ class Command(Protocol):
 @pytest.fixture
 def bus_kv(cluster: LocalCluster) -> Command:
     """Run a command on the cluster; keys are the test's own business."""
-    env = {"BUS_KV_NATS": cluster.connection.servers[0], "BUS_KV_ROOT": ROOT}
+    connection = cluster.connection
+    env = {"BUS_KV_NATS": connection.servers[0], "BUS_KV_ROOT": connection.root}
 
     async def run(*arguments: str, stdin: bytes = b"") -> Ran:
         return await run_module("bus_kv", *arguments, env=env, stdin=stdin)
@@ -177,12 +178,12 @@ async def test_status_shards_and_nodes(bus_kv: Command):
 
 
 async def test_options_come_from_flags_environment_and_file(cluster: LocalCluster, tmp_path: Path):
-    url = cluster.connection.servers[0]
+    (url,), root = cluster.connection.servers, cluster.connection.root
     config = tmp_path / "bus_kv.toml"
-    config.write_text(f'nats = ["{url}"]\nroot = "{ROOT}"\n')
+    config.write_text(f'nats = ["{url}"]\nroot = "{root}"\n')
     rans = await asyncio.gather(
-        run_module("bus_kv", "status", "--nats", url, "--root", ROOT),
-        run_module("bus_kv", "status", env={"BUS_KV_NATS": url, "BUS_KV_ROOT": ROOT}),
+        run_module("bus_kv", "status", "--nats", url, "--root", root),
+        run_module("bus_kv", "status", env={"BUS_KV_NATS": url, "BUS_KV_ROOT": root}),
         run_module("bus_kv", "status", "--config", str(config)),
     )
     assert [ran.code for ran in rans] == [0, 0, 0]

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -113,6 +114,20 @@ async def test_health_is_good_again_when_another_member_serves(cluster: Cluster)
     await until(lambda: is_down(cluster.bus, "n1"))
     await cluster.wait_healthy()
     assert (await cluster.shard())["members"] == ["n2", "n3"]
+
+
+async def test_health_tells_of_a_primary_that_has_lost_its_disk(alone: Cluster) -> None:
+    """Its node is up, and nobody has the data: the map alone would look well."""
+    alone.kill("n1")
+    await until(lambda: is_down(alone.bus, "n1"))
+    kept = alone.data("n1").rename(alone.data("n1").with_name("kept"))
+    alone.restart("n1")
+    await until(lambda: is_degraded(alone.bus, "primary n1 of shard s1 has come back without"))
+    await alone.stop("n1")
+    shutil.rmtree(alone.data("n1"))
+    kept.rename(alone.data("n1"))
+    alone.restart("n1")
+    await alone.wait_healthy()
 
 
 async def is_degraded(bus: Bus, says: str) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import secrets
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,14 +23,13 @@ from tests.support.cluster import until
 from tests.support.command import DEADLINE_S, Ran, run_module, start_module
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-ROOT = "test.query"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def cluster(
     nats_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LocalCluster]:
-    options = ConnectOptions(servers=(nats_url,), root=ROOT)
+    options = ConnectOptions(servers=(nats_url,), root=f"test.query-{secrets.token_hex(4)}")
     folder = tmp_path_factory.mktemp("cluster")
     async with LocalCluster(folder, nodes=1, connection=options) as cluster:
         await cluster.wait_healthy()
@@ -38,7 +38,8 @@ async def cluster(
 
 @pytest.fixture(scope="module")
 def env(cluster: LocalCluster) -> dict[str, str]:
-    return {"BUS_KV_NATS": cluster.connection.servers[0], "BUS_KV_ROOT": ROOT}
+    connection = cluster.connection
+    return {"BUS_KV_NATS": connection.servers[0], "BUS_KV_ROOT": connection.root}
 
 
 class Command(Protocol):
@@ -57,7 +58,7 @@ def command(env: dict[str, str]) -> Command:
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def db(cluster: LocalCluster) -> AsyncIterator[Client]:
-    async with bus_kv.connect([*cluster.connection.servers], root=ROOT) as client:
+    async with bus_kv.connect(options=cluster.connection) as client:
         yield client
 
 
