@@ -90,6 +90,11 @@ class Subjects:
         """The JetStream key-value bucket of the map; dots are not allowed in bucket names."""
         return f"bus_kv_{self.root.replace('.', '_')}"
 
+    @property
+    def failovers_stream(self) -> str:
+        """The JetStream stream that keeps the newest failover events."""
+        return f"{self.bucket}_failovers"
+
 
 def last_token(subject: str) -> str:
     return subject.rpartition(".")[2]

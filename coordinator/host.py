@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 import bus_kv
 from bus_kv.core.endpoints import Endpoint
+from bus_kv.core.machine import Received
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 from bus_kv.runtime.nats_bus import BusError, NatsBus
 from bus_kv.runtime.process import unless_stopped
 from bus_kv.runtime.service import Service, ServiceInfo
-from bus_kv.subjects import Subjects
+from bus_kv.subjects import Subjects, last_token
 from coordinator.machine.coordinator import CoordinatorConfig, CoordinatorMachine
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ async def _serve(
     restored: list[Callable[[], None]],
 ) -> int:  # fmt: skip
     subjects, clock = Subjects(options.connection.root), Clock()
-    store = bus.map_store(subjects.bucket, options.knobs.store_timeout_ms / 1000)
+    store_timeout_s = options.knobs.store_timeout_ms / 1000
+    store = bus.map_store(subjects.bucket, store_timeout_s)
     if not await unless_stopped(store.prepare(), stop):
         return 0
     config = CoordinatorConfig(options.id, subjects, lambda: secrets.token_hex(8))
@@ -71,6 +73,7 @@ async def _serve(
     await driver.listen("suspect", subjects.any_suspect)
     await driver.listen("failover", subjects.any_failover)
     await bus.flush()
+    remembering = asyncio.create_task(_remember(driver, bus, subjects, store_timeout_s))
     await _service(options.id, subjects, machine, clock, bus).start()
     machine.start(clock.now_ns())
     driver.wake()
@@ -84,11 +87,23 @@ async def _serve(
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([turns, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
+    remembering.cancel()
     if turns.done():
         return turns.result().exit_code
     await _leave(machine, driver, bus, clock)
     turns.cancel()
     return 0
+
+
+async def _remember(driver: Driver, bus: NatsBus, subjects: Subjects, timeout_s: float) -> None:
+    """Hear again what was told of takeovers before this process began."""
+    try:
+        events = await bus.kept_events(subjects.failovers_stream, subjects.any_failover, timeout_s)
+    except BusError as error:
+        log.warning("takeovers before this start are not known: %s", error)
+        return
+    for subject, body in events:
+        driver.offer(Received("failover", last_token(subject), body, ""))
 
 
 async def _leave(machine: CoordinatorMachine, driver: Driver, bus: NatsBus, clock: Clock) -> None:

@@ -28,8 +28,8 @@ async def explain_failover(
 ) -> int:
     """Tell the last takeover, of one shard or of any: who noticed what, who took over and why.
 
-    Coordinators keep the last five of each shard in memory, as long as one of them runs; all of
-    them with --json. While one happens: nats sub 'bkv.event.failover.>'
+    Coordinators know the last five of each shard, and NATS keeps them in memory for those that
+    start later; all of them with --json. While one happens: nats sub 'bkv.event.failover.>'
 
     - `bus-kv explain failover`
     - `bus-kv explain failover s1 --json`
@@ -40,7 +40,7 @@ async def explain_failover(
         call.out.document(reply)
     elif not reply["failovers"]:
         of_what = "any shard" if shard is None else f"shard {shard}"
-        call.out.line(f"no coordinator that runs now has seen a takeover of {of_what}")
+        call.out.line(f"no takeover of {of_what} is known")
     else:
         for line in story_lines(reply["failovers"][0]):
             call.out.line(line)

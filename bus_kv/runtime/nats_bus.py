@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from nats.aio.client import Client as NatsClient
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError, SecureConnWantedError
-from nats.js.api import KeyValueConfig, StorageType
+from nats.js.api import KeyValueConfig, StorageType, StreamConfig
 from nats.js.errors import (
     APIError,
     BucketNotFoundError,
@@ -53,6 +53,11 @@ SUBSCRIPTION_MESSAGES_MAX = 65_536
 TOO_FEW_SERVERS, NO_LEADER = 10005, 10008
 TRANSIENT_CODES = (TOO_FEW_SERVERS, NO_LEADER)
 """What JetStream says while servers are starting."""
+OTHER_CONFIG = 10058
+"""A stream of this name is there, and is set otherwise."""
+KEPT_PER_SUBJECT = 30
+KEPT_BYTES_MAX = 16 << 20
+KEPT_AGE_S = 30 * 24 * 3600.0
 WRONG_SEQUENCE_CODES = (10071, 10164)
 """JetStream's two ways to say that a compare-and-set lost."""
 
@@ -258,6 +263,37 @@ class NatsBus:
 
     def map_store(self, bucket: str, timeout_s: float) -> MapStore:
         return MapStore(self, bucket, timeout_s)
+
+    async def kept_events(
+        self, stream: str, subject: str, timeout_s: float
+    ) -> list[tuple[str, bytes]]:
+        """Have JetStream keep the newest events of a subject from now on; those it has, oldest first: (subject, body).
+
+        In memory, on every server: they are worth remembering, and no disk has to wait for them. Raises BusError when
+        it is refused or takes too long.
+        """
+        jetstream = self.jetstream(timeout_s)
+        config = StreamConfig(
+            stream, subjects=[subject], max_msgs_per_subject=KEPT_PER_SUBJECT,
+            max_bytes=KEPT_BYTES_MAX, max_age=KEPT_AGE_S, storage=StorageType.MEMORY,
+            num_replicas=3 if self.is_clustered else 1,
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(2 * timeout_s):
+                try:
+                    kept = await jetstream.add_stream(config)
+                except APIError as error:
+                    if error.err_code != OTHER_CONFIG:
+                        raise
+                    kept = await jetstream.stream_info(stream)  # of another release, or moved
+                if not kept.state.messages:
+                    return []
+                reader = await jetstream.subscribe(subject, stream=stream, ordered_consumer=True)
+                messages = [await reader.next_msg(None) for _ in range(kept.state.messages)]
+                await reader.unsubscribe()
+        except (NatsError, TimeoutError, OSError) as error:
+            raise BusError(f"JetStream stream {stream} cannot be used: {_reason(error)}") from None
+        return [(message.subject, message.data) for message in messages]
 
     async def close(self) -> None:
         self._closing = True

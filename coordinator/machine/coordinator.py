@@ -433,9 +433,7 @@ class CoordinatorMachine:
         self._follow_settings(map)
         if old is None or old.map_version != map.map_version:
             self._timers.start("ask", self.now_ns)
-        for id, shard in map.shards.items():
-            if old is None or id not in old.shards or old.shards[id].epoch != shard.epoch:
-                self._heard.since_ns[id] = self.now_ns
+        self._note_beginnings(old or ShardMap(), map)
         self._tell_completed(map, self._attempts)
         self._attempts = {
             id: attempt
@@ -468,6 +466,15 @@ class CoordinatorMachine:
                 self._heard.failovers.discard(id)
                 self._heard.transfers.pop(id, None)
         self._drive(*begun)
+
+    def _note_beginnings(self, old: ShardMap, new: ShardMap) -> None:
+        """Nodes and epochs that are new to this coordinator."""
+        for id in new.nodes:
+            if id not in old.nodes:
+                self._detector.expect(id, self.now_ns)
+        for id, shard in new.shards.items():
+            if id not in old.shards or old.shards[id].epoch != shard.epoch:
+                self._heard.since_ns[id] = self.now_ns
 
     def _follow_settings(self, map: ShardMap) -> None:
         self._detector.settings = settings_of(map, self.knobs)

@@ -100,6 +100,15 @@ class Heard:
             and member.node not in self.silent
         )  # fmt: skip
 
+    def misses(self, member: Member) -> bool:
+        """Whether this very replica's process is known to be gone.
+
+        Who was not heard yet is neither there nor missed: a coordinator that has just started takes nobody for dead.
+        """
+        beat = self.beats.get(member.node)
+        is_another = beat is not None and beat.incarnation != member.incarnation
+        return is_another or member.node in self.silent
+
     def is_fresh(self, shard: str, member: Member) -> bool:
         """Whether a node gave a sign of life after the shard's epoch had begun."""
         return self.heard_ns(member.node) >= self.since_ns.get(shard, 0)

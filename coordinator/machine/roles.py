@@ -39,9 +39,13 @@ def next_roles(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
         return _take_over(shard, shard.members, heard)
     if _primary_is_lost(shard, heard):
         return _take_over(shard, shard.members, heard)
-    fit = [_is_fit(shard, member, heard) for member in shard.members]
-    if not all(fit + [heard.hears(learner) for learner in shard.learners]):
+    everyone = (*shard.members, *shard.learners)
+    if any(
+        [heard.misses(m) for m in everyone] + [_is_stranded(shard, m, heard) for m in shard.members]
+    ):
         return _without_the_lost(shard, heard)
+    if not all([heard.hears(m) for m in everyone]):
+        return None
     return _grow(shard, map, heard) or _shrink(shard, map) or _transfer(shard, heard)
 
 
@@ -79,7 +83,7 @@ def _begin(shard: Shard, map: ShardMap) -> Roles | None:
 def _primary_is_lost(shard: Shard, heard: Heard) -> bool:
     """Whether the primary cannot serve its epoch any more."""
     member = shard.member(shard.primary)
-    if member is None or not heard.hears(member):
+    if member is None or heard.misses(member):
         return True
     report = heard.report(shard.id, member)
     if report is None:
@@ -109,22 +113,22 @@ def _take_over(shard: Shard, last_active: Members, heard: Heard) -> Roles | None
         candidates, key=lambda m: (_last(heard.report(shard.id, m)), m.node == shard.primary)
     )
     # Who is stranded is sealed with the others, but could never hold the opening entry.
-    members = tuple(m for m in there if m == best or _is_fit(shard, m, heard))
-    return Roles(members, best.node, _there(shard.learners, heard))
+    members = tuple(m for m in there if m == best or not _is_stranded(shard, m, heard))
+    return Roles(members, best.node, _remaining(shard.learners, heard))
 
 
 def _last(report: ReplicaReport | None) -> tuple[int, int]:
     return (0, 0) if report is None else report.last
 
 
-def _there(members: Members, heard: Heard) -> Members:
-    return tuple(m for m in members if heard.hears(m))
+def _remaining(learners: Members, heard: Heard) -> Members:
+    return tuple(m for m in learners if not heard.misses(m))
 
 
-def _is_fit(shard: Shard, member: Member, heard: Heard) -> bool:
-    """Whether a member is there and can catch up without a snapshot, which only a learner may take (R8)."""
+def _is_stranded(shard: Shard, member: Member, heard: Heard) -> bool:
+    """Whether it could catch up by a snapshot only, which only a learner may take (R8)."""
     report = heard.report(shard.id, member)
-    return heard.hears(member) and (report is None or report.status != "stranded")
+    return report is not None and report.status == "stranded"
 
 
 def _without_the_lost(shard: Shard, heard: Heard) -> Roles | None:
@@ -133,19 +137,22 @@ def _without_the_lost(shard: Shard, heard: Heard) -> Roles | None:
     Not before all others are heard again: without a majority the shard would be sealed and nobody could open it, so not
     even gets at ONE would be answered.
     """
-    members = tuple(m for m in shard.members if _is_fit(shard, m, heard))
+    members = tuple(
+        m for m in shard.members if heard.hears(m) and not _is_stranded(shard, m, heard)
+    )
     n = len(shard.members)
     if len(members) < n - shard.quorum + 1 or _awaited(shard, heard):
         return None
-    return Roles(members, shard.primary, _there(shard.learners, heard))
+    return Roles(members, shard.primary, _remaining(shard.learners, heard))
 
 
 def _awaited(shard: Shard, heard: Heard) -> set[str]:
-    """Members that may have died with those that are down, as they were not heard since."""
+    """Members that may have died with those that are down, as they were not heard since, or not at all yet."""
     down = [m.node for m in (*shard.members, *shard.learners) if m.node in heard.silent]
     fell_ns = max(map(heard.fell_ns, down), default=0)
+    there = [m for m in shard.members if not heard.misses(m)]
     return {
-        m.node for m in shard.members if heard.hears(m) and heard.heard_ns(m.node) < fell_ns
+        m.node for m in there if not heard.hears(m) or heard.heard_ns(m.node) < fell_ns
     }  # fmt: skip
 
 

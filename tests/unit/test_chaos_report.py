@@ -23,11 +23,13 @@ from bus_kv.cli.chaos_run import Injection, Report, percentile
 def bad_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial that found a lost write, without a cluster."""
 
-    async def run(trial: Any) -> Report:
+    async def run(trial: Any) -> Verdict:
         calls = [Call("c", Kind.PUT, b"k", 0, value=b"v", outcome=Outcome.DONE, version=(1, 2))]
         lasting, short = Injection(["n1"], 5, False), Injection(["n1"], 5, True)
         lasting.accepted_s, short.accepted_s = 1.5, 0.001
-        return Report(trial._fault.name, calls, [lasting, short], Verdict(1, ["lost: that"]))
+        verdict = Verdict(1, ["lost: that"])
+        trial.report = Report(trial.report.fault, calls, [lasting, short], verdict)
+        return verdict
 
     monkeypatch.setattr(chaos_run.Trial, "run", run)
 

@@ -51,3 +51,21 @@ def test_a_member_that_is_down_leaves_once_all_others_were_heard_since() -> None
     heard_ns["n3"] = 110
     assert next_roles(shard, map, known) == Roles((N1, n3), "n1")
     assert whom_to_ask(map, known) == set()
+
+
+@pytest.mark.parametrize("first", ["n1", "n2", "n3"])
+def test_a_coordinator_that_has_just_started_takes_nobody_for_dead(first: str) -> None:
+    """Heartbeats come in any order; a primary whose own is not the first was replaced for nothing."""
+    n3 = Member("n3", "i3")
+    shard = Shard("s1", "default", b"", None, EPOCH, TOKEN, (N1, N2, n3), "n1", ShardState.ACTIVE)
+    nodes = {m.node: Node(m.node, m.incarnation, NodeState.UP) for m in shard.members}
+    map = ShardMap(1, EPOCH, "", {"default": Keyspace()}, {"s1": shard}, nodes)
+    order = [first, *sorted(nodes.keys() - {first})]
+    for count in range(len(order)):
+        known = heard(**dict.fromkeys(order[:count], (5, 9)))
+        assert next_roles(shard, map, known) is None
+        assert whom_to_ask(map, known) == {*order[count:]}
+    # Nobody listens where the primary was asked.
+    known = heard(n2=(5, 9), n3=(5, 9))
+    known.silent = {"n1"}
+    assert next_roles(shard, map, known) == Roles((N2, n3), "n2")
