@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NEVER_NS = 2**62
+"""Later than any deadline."""
+
 
 class Timers:
     """A deadline per name; the earliest tells the driver when to wake the machine."""

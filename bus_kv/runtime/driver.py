@@ -78,6 +78,8 @@ class Driver:
         self._wake = asyncio.Event()
         self._turned = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_ns = 0
+        """When it rings; it is left alone when the machine's deadline moves away, which most often it does."""
         self._subscriptions: dict[tuple[str, str], Subscription] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -140,15 +142,22 @@ class Driver:
 
     async def _turn(self, inbox: deque[Event]) -> None:
         ready = turn(self.machine, inbox, self._clock.now_ns())
-        if ready.append is not None:
-            assert self._log is not None
-            self._log.append(ready.append)
         leaving: list[Subscription] = []
+        reads: list[LogRead | CutsRead] = []
         for effect in ready.effects:
             if isinstance(effect, Subscribe) and not effect.active:
                 leaving += self._take_subscription(effect)
+            elif isinstance(effect, LogRead | CutsRead):
+                reads.append(effect)  # what it asks for may be in the append
             else:
                 await self._perform(effect)
+        if ready.append is not None:
+            # What was published leaves first: from then on the log's thread wants the interpreter, too.
+            if ready.effects:
+                await asyncio.sleep(0)
+            self._disk.append(ready.append)
+        for read in reads:
+            self._disk.read(read)
         if leaving:
             for subscription in leaving:
                 # What has come in is still answered, or whoever asked would wait for nothing.
@@ -156,21 +165,36 @@ class Driver:
             await asyncio.sleep(0)  # they leave before a subject is subscribed to anew
         self._turned.set()
 
+    @property
+    def _disk(self) -> Log:
+        assert self._log is not None, "only a machine with a log appends"
+        return self._log
+
     async def _wait(self) -> None:
         """Until something was offered or the machine's deadline has come."""
         if not (self._wake.is_set() or self._inbox):
             deadline_ns = self.machine.next_deadline_ns()
             if deadline_ns is not None:
-                delay_s = max((deadline_ns - self._clock.now_ns()) / 1e9, 0.0)
-                self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake.set)
+                self._ring_at(deadline_ns)
             await self._wake.wait()
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
             if deadline_ns is not None and self._clock.now_ns() - deadline_ns > LATE_NS:
                 # This process was held up. Answers wait in its socket: they are heard before anybody is called silent.
                 await asyncio.sleep(LATE_PAUSE_S)
         self._wake.clear()
+
+    def _ring_at(self, deadline_ns: int) -> None:
+        """Wake the machine then, or sooner."""
+        if self._timer is not None:
+            if self._timer_ns <= deadline_ns:
+                return
+            self._timer.cancel()
+        delay_s = max((deadline_ns - self._clock.now_ns()) / 1e9, 0.0)
+        self._timer_ns = deadline_ns
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._wake.set()
 
     async def _perform(self, effect: Any) -> None:
         match effect:
@@ -189,12 +213,8 @@ class Driver:
                 await self._subscribe(effect)
             case Halt():
                 self.halt = effect
-            case LogRead() | CutsRead():
-                assert self._log is not None
-                self._log.read(effect)
             case Trim():
-                assert self._log is not None
-                self._log.trim(effect)
+                self._disk.trim(effect)
             case query:
                 assert self._state is not None
                 self._state.submit(query)

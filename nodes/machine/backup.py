@@ -96,9 +96,8 @@ class Backup:
     def greet(self, shard: Shard) -> None:
         """Tell the primary of this record that nobody has told the replica anything: it will remind."""
         replica = self._replica
-        own = Member(replica.node, replica.incarnation)
         if replica.status in (Status.RESTARTED, Status.PROMISED) and (
-            own in shard.members or own in shard.learners
+            replica.own in shard.members or replica.own in shard.learners
         ):
             replica.ports.tell(shard.primary, {"type": "here", "shard": shard.id})
 

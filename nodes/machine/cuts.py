@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import CutsRead, EntryRow, LoggedBatch
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import BusKVError
 from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol.entry import ROLLED_BACK, applied_count, decode_entry
@@ -43,15 +44,14 @@ class Cuts:
         """Something was cut, now or in a former life."""
         self.is_due, self._again_ns = True, 0
 
-    def next_ns(self) -> int | None:
-        told = self._replica.status in (Status.FOLLOWING, Status.ACTIVE)
-        return self._again_ns if self.is_due and told else None
+    def next_ns(self) -> int:
+        is_told = self.is_due and self._replica.status in (Status.FOLLOWING, Status.ACTIVE)
+        return self._again_ns if is_told else NEVER_NS
 
     def tell_if_due(self) -> None:
         """At the end of a turn: take up what is next."""
         replica = self._replica
-        next_ns = self.next_ns()
-        if next_ns is None or next_ns > replica.now_ns:
+        if self.next_ns() > replica.now_ns:
             return
         self._asked += 1
         self._again_ns = replica.now_ns + RETRY_NS

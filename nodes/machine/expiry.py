@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Expiring
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import KEY_BYTES_MAX
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch
@@ -27,9 +28,9 @@ class Expiry:
             knobs.expire_batch_operations_max, sizes.batch // (KEY_BYTES_MAX + OPERATION_BYTES)
         )
 
-    def next_ns(self) -> int | None:
+    def next_ns(self) -> int:
         next_ms = self._replica.lifetimes.next_ms()
-        return None if next_ms is None else next_ms * 1_000_000
+        return NEVER_NS if next_ms is None else next_ms * 1_000_000
 
     def expire(self, time_ms: int) -> None:
         """Write the expirations that are due."""

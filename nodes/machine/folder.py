@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import Fold, LoggedBatch, Mark, Trim
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import MILLISECOND_NS
 
 if TYPE_CHECKING:
@@ -104,10 +105,10 @@ class Folder:
         """Too much waits for the disk: no more writes for now."""
         return self.bytes > self._knobs.unfolded_bytes_max
 
-    def next_ns(self) -> int | None:
+    def next_ns(self) -> int:
         """When a fold is due by age."""
         if self._since_ns is None or self._busy:
-            return None
+            return NEVER_NS
         due_ns = self._since_ns + self.interval_ns
         return max(due_ns, self._hold_ns)
 
@@ -117,7 +118,7 @@ class Folder:
             self._table.reads_repeated = False
             self._hold_ns = now_ns + self._knobs.reads_first_ms * MILLISECOND_NS
         due_ns = self.next_ns()
-        if due_ns is None:
+        if due_ns == NEVER_NS:
             return
         held = now_ns < self._hold_ns and self.bytes < self._knobs.unfolded_bytes_max // 2
         due = now_ns >= due_ns or self.bytes >= self._knobs.fold_bytes

@@ -62,10 +62,11 @@ class Links:
 
     def end_turn(self, replica: Replica) -> list[Effect]:
         """Publish what the primary has for its replicas; subscribe to what the replica's status calls for."""
-        subject = self._node.config.subjects.shard_replicate(replica.shard.id)
-        messages = replica.take_messages()
-        effects: list[Effect] = [Publish(subject, encode_cbor(message)) for message in messages]
-        return effects + self._listen(replica)
+        effects = self._listen(replica)
+        if messages := replica.take_messages():
+            subject = self._node.config.subjects.shard_replicate(replica.shard.id)
+            effects[:0] = [Publish(subject, encode_cbor(message)) for message in messages]
+        return effects
 
     def _listen(self, replica: Replica) -> list[Effect]:
         shard = replica.shard.id
@@ -73,6 +74,8 @@ class Links:
         if "read" in wanted and not self._node.may_read(replica):
             wanted = tuple([channel for channel in wanted if channel != "read"])
         before = self._listening.get(shard, ())
+        if wanted == before:
+            return []
         self._listening[shard] = wanted
         changes = [(c, False) for c in before if c not in wanted]
         changes += [(c, True) for c in wanted if c not in before]

@@ -450,8 +450,7 @@ class NodeMachine:
     def may_read(self, replica: Replica) -> bool:
         if not replica.has_followed:
             return replica.status is Status.ACTIVE
-        own = Member(self.config.id, self.config.incarnation)
-        return replica.is_whole and own in replica.shard.members
+        return replica.is_whole and replica.own in replica.shard.members
 
     def fetch_map(self) -> None:
         """Read the whole map from the store soon: a message shows that the own copy is old."""

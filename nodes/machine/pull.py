@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import MILLISECOND_NS
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class Pull:
         else:
             replica.is_stranded = True
 
-    def next_ns(self) -> int | None:
-        return self._again_ns if self.is_on else None
+    def next_ns(self) -> int:
+        return self._again_ns if self._source is not None else NEVER_NS
 
     def on_deadline(self, now_ns: int) -> None:
         """No answer, or none that helps: ask again."""

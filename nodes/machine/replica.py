@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.machine import CutRow, EntryRow, Mark, ReplicaRow
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, ShardUnavailable, StaleEpoch
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document
@@ -89,6 +90,7 @@ class Replica:
         mark = past.mark
         self.shard = shard
         self.node, self.incarnation = node, incarnation
+        self.own = Member(node, incarnation)
         self.knobs, self.sizes, self.ports = knobs, sizes, ports
         self.status = Status.RESTARTED
         self.promised: tuple[int, str] = (0, "")
@@ -248,9 +250,8 @@ class Replica:
     @property
     def is_learner(self) -> bool:
         """A learner of the epoch that it has promised, and that is ACTIVE: nothing it has is counted on."""
-        own = Member(self.node, self.incarnation)
         current = (self.shard.epoch, self.shard.token) == self.promised
-        return current and self.shard.state is ShardState.ACTIVE and own in self.shard.learners
+        return current and self.shard.state is ShardState.ACTIVE and self.own in self.shard.learners
 
     @property
     def has_followed(self) -> bool:
@@ -424,16 +425,19 @@ class Replica:
             return
         # Not beyond the own disk: the state must never hold more than the log beside it.
         seq = min(replication.quorum(replication.match), self.durable_seq)
-        if seq >= replication.opening:
+        if seq > self.commit_seq and seq >= replication.opening:
             self.commit(seq)
-        self._ones.release(self.durable_seq, ANY_ROUND)
-        self._writes.release(self.commit_seq, ANY_ROUND)
-        self._reads.release(self.commit_seq, replication.quorum(replication.rounds))
+        if self._ones:
+            self._ones.release(self.durable_seq, ANY_ROUND)
+        if self._writes:
+            self._writes.release(self.commit_seq, ANY_ROUND)
+        if self._reads:
+            self._reads.release(self.commit_seq, replication.quorum(replication.rounds))
         all_seq = min(self.commit_seq, replication.all(replication.match))
-        if len(replication.shard.members) >= self.members_for_all:
-            self.everywhere_seq = max(self.everywhere_seq, all_seq)
-            replication.everywhere = self.everywhere_seq
-        self._alls.release(all_seq, replication.all(replication.rounds))
+        if all_seq > self.everywhere_seq and len(replication.shard.members) >= self.members_for_all:
+            self.everywhere_seq = replication.everywhere = all_seq
+        if self._alls:
+            self._alls.release(all_seq, replication.all(replication.rounds))
 
     # ---- answers ----
 
@@ -551,16 +555,16 @@ class Replica:
         others_have = min(replication.match.values()) if replication else self.commit_seq
         return self.folder.trim(others_have)
 
-    def next_deadline_ns(self) -> int | None:
-        deadlines = [
-            *(queue.next_ns() for queue in self._queues), *self.writer.deadlines(),
-            self.folder.next_ns(), self.pull.next_ns(), self.cuts.next_ns(),
-        ]  # fmt: skip
-        if self.status is Status.ACTIVE:
-            deadlines.append(self.expiry.next_ns())
-        if self.replication is not None and self.status is not Status.OPENING:
-            deadlines.append(self.replication.next_ns())
-        return min((d for d in deadlines if d is not None), default=None)
+    def next_deadline_ns(self) -> int:
+        """NEVER_NS: nothing is to be done unless something comes."""
+        is_active, replication = self.status is Status.ACTIVE, self.replication
+        is_leading = replication is not None and self.status is not Status.OPENING
+        return min(
+            self._ones.next_ns, self._writes.next_ns, self._reads.next_ns, self._alls.next_ns,
+            self.writer.next_ns(), self.folder.next_ns(), self.pull.next_ns(), self.cuts.next_ns(),
+            self.expiry.next_ns() if is_active else NEVER_NS,
+            replication.next_ns() if replication is not None and is_leading else NEVER_NS,
+        )  # fmt: skip
 
     @property
     def waiting_count(self) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bus_kv.core.timers import NEVER_NS
+
 if TYPE_CHECKING:
     from collections.abc import ValuesView
 
@@ -19,8 +21,8 @@ class Replicas:
         self._held: dict[str, Replica] = {}
         self._touched: set[str] = set()
         """To be looked at in this turn."""
-        self._unplanned: dict[str, None] = {}
-        """Whose next deadline is to be asked for again: those touched, and those looked at since it was."""
+        self._unplanned: dict[str, bool] = {}
+        """Whose next deadline is to be asked for again; True: it was put off once."""
         self._deadlines_ns: dict[str, int] = {}
 
     def put(self, replica: Replica) -> None:
@@ -42,7 +44,7 @@ class Replicas:
     def touch(self, shard: str) -> None:
         """Something has come for this replica, or it is about to be changed."""
         self._touched.add(shard)
-        self._unplanned[shard] = None
+        self._unplanned.setdefault(shard, False)
 
     def values(self) -> ValuesView[Replica]:
         """All of them, to be read only."""
@@ -67,13 +69,16 @@ class Replicas:
         return [replica for shard, replica in self._held.items() if shard in touched]
 
     def next_deadline_ns(self) -> int | None:
-        """When the next of them has to be looked at although nothing has come for it."""
-        unplanned, touched = self._unplanned, self._touched
-        self._unplanned = {shard: None for shard in unplanned if shard in touched}
-        for shard in unplanned:
-            deadline_ns = self._held[shard].next_deadline_ns()
-            if deadline_ns is None:
-                self._deadlines_ns.pop(shard, None)
-            else:
-                self._deadlines_ns[shard] = deadline_ns
-        return min(self._deadlines_ns.values(), default=None)
+        """When the next of them has to be looked at although nothing has come for it.
+
+        One that is touched is looked at anyway, and asked afterwards, when its deadline is another one.
+        """
+        unplanned, self._unplanned = self._unplanned, {}
+        for shard, was_put_off in unplanned.items():
+            if shard in self._touched:
+                self._unplanned[shard] = not was_put_off
+                if not was_put_off:
+                    continue
+            self._deadlines_ns[shard] = self._held[shard].next_deadline_ns()
+        earliest_ns = min(self._deadlines_ns.values(), default=NEVER_NS)
+        return None if earliest_ns >= NEVER_NS else earliest_ns

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol.sizes import ENTRY_BYTES
 
@@ -132,6 +133,6 @@ class Replication:
             "from": self.node, "to": self.incarnations, "round": self.round,
         }  # fmt: skip
 
-    def next_ns(self) -> int | None:
+    def next_ns(self) -> int:
         """When to remind the others."""
-        return None if self.is_alone else self._next_ns
+        return NEVER_NS if self.is_alone else self._next_ns

@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from bus_kv.core.timers import NEVER_NS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -35,15 +37,14 @@ class Waiters:
 
     def __init__(self) -> None:
         self._queue: deque[Waiting[Any]] = deque()
-        self._next_ns = 0
-        """No deadline is earlier; that of one that was answered may have been."""
+        self.next_ns = NEVER_NS
+        """When to look for late ones: no deadline is earlier; that of one that was answered may have been."""
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def add(self, waiting: Waiting[Any]) -> None:
-        if not self._queue or waiting.deadline_ns < self._next_ns:
-            self._next_ns = waiting.deadline_ns
+        self.next_ns = min(self.next_ns, waiting.deadline_ns)
         self._queue.append(waiting)
 
     def release(self, seq: int, round: int) -> None:
@@ -51,21 +52,19 @@ class Waiters:
         queue = self._queue
         while queue and queue[0].seq <= seq and queue[0].round <= round:
             waiting = queue.popleft()
+            if not queue:
+                self.next_ns = NEVER_NS
             waiting.respond(waiting.reply)
-
-    def next_ns(self) -> int | None:
-        """When to look for late ones."""
-        return self._next_ns if self._queue else None
 
     def take_late(self, now_ns: int) -> list[Waiting[Any]]:
         """Those whose time is over."""
-        if not self._queue or self._next_ns > now_ns:
+        if self.next_ns > now_ns:
             return []
         late = [w for w in self._queue if w.deadline_ns <= now_ns]
         self._queue = deque(w for w in self._queue if w.deadline_ns > now_ns)
-        self._next_ns = min((w.deadline_ns for w in self._queue), default=0)
+        self.next_ns = min((w.deadline_ns for w in self._queue), default=NEVER_NS)
         return late
 
     def take_all(self) -> list[Waiting[Any]]:
-        all, self._queue = [*self._queue], deque()
+        all, self._queue, self.next_ns = [*self._queue], deque(), NEVER_NS
         return all

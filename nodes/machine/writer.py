@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.core.machine import LoggedBatch
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import (
     BusKVError,
     ConsistencyNotMet,
@@ -290,8 +291,8 @@ class Writer:
     def is_waiting(self) -> bool:
         return bool(self._parked)
 
-    def deadlines(self) -> list[int]:
-        return [deadline_ns for deadline_ns, *_ in self._parked.values()]
+    def next_ns(self) -> int:
+        return min([end_ns for end_ns, *_ in self._parked.values()], default=NEVER_NS)
 
     def on_deadline(self, now_ns: int) -> None:
         for park in [park for park, (end_ns, *_) in self._parked.items() if end_ns <= now_ns]:

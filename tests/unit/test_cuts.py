@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus_kv.core.machine import Append, CutRow, CutsRead, EntryRow, Fold, Mark, ReplicaRow
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.sizes import ENTRY_BYTES
 from nodes import log as log_module
@@ -68,7 +69,7 @@ def test_what_was_cut_stands_in_every_log_and_is_announced() -> None:
     assert trio.nodes["n1"].events == [event]
     trio.read_cuts("n1")
     assert trio.nodes["n1"].cuts == []
-    assert trio["n1"].cuts.next_ns() is None
+    assert trio["n1"].cuts.next_ns() == NEVER_NS
 
 
 def test_what_was_cut_is_told_after_a_restart_too() -> None:

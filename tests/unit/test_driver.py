@@ -1,4 +1,4 @@
-"""The driver of a process that was held up."""
+"""The driver: what it hears first, and in which order it does what a turn asks for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
-from bus_kv.core.machine import Halt, Publish, Ready, Received, Subscribe
+from bus_kv.core.machine import Append, Halt, LogRead, Publish, Ready, Received, Subscribe
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 
@@ -112,3 +112,43 @@ async def test_a_subject_is_left_before_it_is_joined_again() -> None:
     await bus.driver.run()
     join, leave = ["join s1", "join s2"], ["leave s1", "leave s2"]
     assert bus.asked == [*join, *leave, *join]
+
+
+class Writing(Patient):
+    """Asks for its log, publishes, appends, and halts, in one turn."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.deadline_ns = None
+
+    def take_ready(self, now_ns: int) -> Ready:
+        del now_ns
+        read = LogRead(1, "s1", (0, 0), 100)
+        return Ready([read, Publish("to others", b""), Halt(0, "")], Append(1, [], []))
+
+
+class Recording:
+    """A bus and a log; what is published leaves in a later pass of the loop, as with NATS."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    async def publish(self, *_: Any, headers: None) -> None:
+        asyncio.get_running_loop().call_soon(self.done.append, "left")
+
+    def append(self, append: Append) -> None:
+        self.done.append(f"append {append.ticket}")
+
+    def read(self, read: LogRead) -> None:
+        self.done.append(f"read {read.shard}")
+
+
+async def test_entries_leave_for_the_others_before_the_own_disk_has_them() -> None:
+    """The other replicas are further away. What is read from the log comes behind what is appended to it."""
+    both = Recording()
+    driver = Driver(
+        Writing(), cast("Any", both), Clock(), inbox_messages_max=10, log=cast("Any", both)
+    )
+    driver.wake()
+    await driver.run()
+    assert both.done == ["left", "append 1", "read s1"]
