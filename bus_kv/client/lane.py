@@ -114,6 +114,7 @@ class Lane:
     waiting: Columns = field(default_factory=Columns)
     again: list[Operation] = field(default_factory=list)
     in_flight: int = 0
+    operations_in_flight: int = 0
 
     @property
     def id(self) -> tuple[str, bool, str, bool]:

@@ -363,17 +363,24 @@ class Session:
         return lane.in_flight < self._knobs.client_window_messages
 
     def _may_send(self, lane: Lane, route: Route) -> bool:
-        """At once when nothing is in flight; else only what fills a message, so that small ones do not pile up."""
+        """At once when nothing is in flight; else only what is worth a message, so that small ones do not pile up.
+
+        That is half of what is in flight: however many callers there are, their calls come to travel in two or three
+        messages, so that the nodes work on one while the client works on another.
+        """
         if not self._may_send_again(lane, route):
             return False
-        return not lane.in_flight or len(lane.waiting.keys) >= self._knobs.client_fill_operations
+        worth = max(lane.operations_in_flight // 2, self._knobs.client_fill_operations)
+        return not lane.in_flight or len(lane.waiting.keys) >= worth
 
     def _send_new(self, lane: Lane, route: Route, now_ns: int) -> None:
         """Send what waits for its first attempt, as much as one message takes."""
-        waiting = lane.waiting
-        # Half of what waits, so that the node works on one half while the client works on the other.
-        half = max(-(-len(waiting) // 2), self._knobs.client_fill_operations)
-        columns, lane.waiting = waiting.split(self._cut(waiting, half))
+        waiting, count = lane.waiting, len(lane.waiting)
+        if not lane.in_flight:
+            count = max(
+                -(-count // 2), self._knobs.client_fill_operations
+            )  # the other half follows
+        columns, lane.waiting = waiting.split(self._cut(waiting, count))
         numbers = range(self._number + 1, self._number + 1 + len(columns))
         self._number = numbers[-1]
         self._send(lane, route, columns, numbers, None, now_ns)
@@ -410,6 +417,7 @@ class Session:
             lane, columns, numbers, give_up_ns, suspect_ns, route.epoch, node, again=again
         )
         lane.in_flight += 1
+        lane.operations_in_flight += len(columns)
         self._primaries.on_sent(node)
         if self._primaries.is_silent(node):
             self._lanes[lane.id] = self._lanes.pop(lane.id)
@@ -443,6 +451,7 @@ class Session:
 
     def _leave(self, sent: Sent) -> None:
         sent.lane.in_flight -= 1
+        sent.lane.operations_in_flight -= len(sent.columns)
         self._primaries.on_left(sent.node)
         if self._primaries.is_silent(sent.node):
             if self._primaries.lets_through(sent.node):

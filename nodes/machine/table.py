@@ -78,15 +78,15 @@ class Table:
         """Make the writes of one committed entry visible, all at once; `keys` and `data_bytes` say what they add."""
         self.keys += keys
         self.data_bytes += data_bytes
+        before = [*map(self.young.get, writes)]
         # A record in the cache was written or on disk: its key is in the filter, and will be in the next one.
-        get = self.young.get
-        fresh = [key for key in writes if get(key) is None]
+        fresh = _without_record(writes, before)
         self.filter.add(fresh)
         if self.next_filter is not None:
             self.next_filter.add(fresh)
         self.dirty.update(writes)
         self._keep_order(writes, logged)
-        self.learn(writes)
+        self._keep(writes, before, fresh)
 
     def _keep_order(self, writes: Writes, logged: Sequence[LoggedBatch]) -> None:
         order = self.order
@@ -115,11 +115,15 @@ class Table:
 
     def learn(self, records: Writes) -> None:
         """Keep records that are committed, as long as there is room."""
+        before = [*map(self.young.get, records)]
+        self._keep(records, before, _without_record(records, before))
+
+    def _keep(self, records: Writes, before: list[Record | None], fresh: list[bytes]) -> None:
+        """`before` is what the cache has of their keys, `fresh` those of which it has no record."""
         young = self.young
-        replaced = [young[key] for key in records if key in young]
-        added = [len(key) for key in records if key not in young]
+        added = [len(key) for key in fresh if key not in young]
         self._young_bytes += (
-            _value_bytes(records) - sum([len(r[0]) for r in replaced if r is not None])
+            _value_bytes(records) - sum([len(r[0]) for r in before if r is not None])
             + RECORD_BYTES * len(added) + sum(added)
         )  # fmt: skip
         young.update(records)
@@ -176,6 +180,10 @@ class Table:
     def unfolded_record(self, key: bytes) -> Record | None:
         """The record of a key that `unfolded` told."""
         return self.dirty[key] if key in self.dirty else self.frozen[key]
+
+
+def _without_record(records: Writes, before: list[Record | None]) -> list[bytes]:
+    return [key for key, record in zip(records, before, strict=True) if record is None]
 
 
 def _value_bytes(records: Writes) -> int:

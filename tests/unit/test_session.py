@@ -99,6 +99,51 @@ def level_of(request: Request) -> str:
     return decode_batch(decode_cbor(request.body)["batch"]).consistency
 
 
+def count_in(request: Request) -> int:
+    return len(decode_batch(decode_cbor(request.body)["batch"]))
+
+
+def found_all(request: Request) -> dict[str, Any]:
+    count = count_in(request)
+    reply = BatchReply(
+        bytes([b.FOUND]) * count, 3, [42] * count, values=[b"v"] * count, read=(3, 42, 5)
+    )
+    return {"batch": reply.to_wire()}
+
+
+# ---- coalescing ----
+
+
+@pytest.mark.parametrize("callers", [64, 200, 256, 300, 1000])
+def test_calls_of_any_number_of_callers_travel_in_two_messages(callers: int) -> None:
+    """So that the nodes work on one while the client works on the other, round after round."""
+    client = Client()
+
+    def ask(count: int) -> list[Request]:
+        for _ in range(count):
+            client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+        return client.sent()
+
+    under_way = ask(callers)
+    assert [*map(count_in, under_way)] == [callers // 2] * 2
+    for _ in range(10):
+        answered = under_way.pop(0)
+        client.answer(answered, found_all(answered))
+        under_way += ask(count_in(answered))  # each caller has its next question
+        assert [*map(count_in, under_way)] == [callers // 2] * 2
+
+
+def test_few_calls_wait_for_those_that_are_under_way() -> None:
+    client = Client()
+    first = client.get("quorum")
+    for _ in range(Knobs().client_fill_operations - 1):
+        client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+    assert client.sent() == []
+    client.answer(first, found_all(first))
+    (second,) = client.sent()
+    assert count_in(second) == Knobs().client_fill_operations - 1
+
+
 # ---- a primary that is silent ----
 
 
