@@ -7,6 +7,7 @@ import contextlib
 import logging
 import secrets
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import bus_kv
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from bus_kv.runtime.connection import ConnectOptions
 
 log = logging.getLogger("bus_kv.coordinator")
+
+REMEMBER_ATTEMPTS = 5
+"""JetStream may have started just now, too."""
+REMEMBERED_MAX = 4000
+"""Events that are heard again at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,8 @@ async def _serve(
     await driver.listen("suspect", subjects.any_suspect)
     await driver.listen("failover", subjects.any_failover)
     await bus.flush()
-    remembering = asyncio.create_task(_remember(driver, bus, subjects, store_timeout_s))
+    remember = partial(_remember, driver, bus, subjects, store_timeout_s)
+    remembering = [asyncio.create_task(remember())]
     await _service(options.id, subjects, machine, clock, bus).start()
     machine.start(clock.now_ns())
     driver.wake()
@@ -81,13 +88,17 @@ async def _serve(
     def on_restored() -> None:
         machine.reconnected(clock.now_ns())
         driver.wake()
+        # NATS keeps events in memory: if it was restarted, it has to be asked to keep them again.
+        remembering[:] = [t for t in remembering if not t.done()]
+        remembering.append(asyncio.create_task(remember()))
 
     restored.append(on_restored)
     turns = asyncio.create_task(driver.run())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait([turns, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    remembering.cancel()
+    for task in remembering:
+        task.cancel()
     if turns.done():
         return turns.result().exit_code
     await _leave(machine, driver, bus, clock)
@@ -97,12 +108,18 @@ async def _serve(
 
 async def _remember(driver: Driver, bus: NatsBus, subjects: Subjects, timeout_s: float) -> None:
     """Hear again what was told of takeovers before this process began."""
-    try:
-        events = await bus.kept_events(subjects.failovers_stream, subjects.any_failover, timeout_s)
-    except BusError as error:
-        log.warning("takeovers before this start are not known: %s", error)
-        return
-    for subject, body in events:
+    events: list[tuple[str, bytes]] = []
+    for remaining in reversed(range(REMEMBER_ATTEMPTS)):
+        try:
+            events = await bus.kept_events(
+                subjects.failovers_stream, subjects.any_failover, timeout_s
+            )
+            break
+        except BusError as error:
+            if not remaining:
+                log.warning("takeovers of the past are not known: %s", error)
+        await asyncio.sleep(1.0)
+    for subject, body in events[-REMEMBERED_MAX:]:
         driver.offer(Received("failover", last_token(subject), body, ""))
 
 

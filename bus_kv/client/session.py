@@ -124,8 +124,7 @@ class Session:
             )  # fmt: skip
             return self._route(operation, now_ns)
         waiting = lane.waiting
-        if not waiting.keys:
-            self._dirty[lane] = None
+        self._dirty[lane] = None
         if has_condition:
             waiting.conditions[len(waiting.keys)] = if_version
         if ttl_ms is not None:
@@ -154,8 +153,7 @@ class Session:
                 self.submit(kind, *row, now_ns, keyspace, consistency, ttl_ms=ttl_ms)
             return
         self._pending += len(keys)
-        if not lane.waiting.keys:
-            self._dirty[lane] = None
+        self._dirty[lane] = None
         lane.waiting.extend(kind, keys, values, tokens, now_ns + self._timeout_ns)
 
     def _owns(self, lane: Lane, key: bytes) -> bool:

@@ -278,21 +278,21 @@ class NatsBus:
             max_bytes=KEPT_BYTES_MAX, max_age=KEPT_AGE_S, storage=StorageType.MEMORY,
             num_replicas=3 if self.is_clustered else 1,
         )  # fmt: skip
+        messages: list[Any] = []
         try:
             async with asyncio.timeout(2 * timeout_s):
-                try:
-                    kept = await jetstream.add_stream(config)
-                except APIError as error:
-                    if error.err_code != OTHER_CONFIG:
-                        raise
-                    kept = await jetstream.stream_info(stream)  # of another release, or moved
-                if not kept.state.messages:
+                if not await _keep(jetstream, config):
                     return []
                 reader = await jetstream.subscribe(subject, stream=stream, ordered_consumer=True)
-                messages = [await reader.next_msg(None) for _ in range(kept.state.messages)]
-                await reader.unsubscribe()
+                try:
+                    while not messages or messages[-1].metadata.num_pending:
+                        messages.append(await reader.next_msg(None))
+                finally:
+                    await reader.unsubscribe()
         except (NatsError, TimeoutError, OSError) as error:
-            raise BusError(f"JetStream stream {stream} cannot be used: {_reason(error)}") from None
+            if not messages:
+                reason = _reason(error)
+                raise BusError(f"JetStream stream {stream} cannot be used: {reason}") from None
         return [(message.subject, message.data) for message in messages]
 
     async def close(self) -> None:
@@ -305,6 +305,19 @@ class NatsBus:
         with contextlib.suppress(TimeoutError, NatsError, OSError, RuntimeError):
             async with asyncio.timeout(2.0):
                 await self._client.close()
+
+
+async def _keep(jetstream: JetStreamContext, config: StreamConfig) -> int:
+    """Make the stream unless it is there; how many messages it has."""
+    try:
+        kept = await jetstream.add_stream(config)
+    except APIError as error:
+        if error.err_code == TOO_FEW_SERVERS and config.num_replicas != 1:
+            return await _keep(jetstream, config.evolve(num_replicas=1))
+        if error.err_code != OTHER_CONFIG:
+            raise
+        kept = await jetstream.stream_info(config.name or "")  # of another release, or moved
+    return kept.state.messages
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -475,6 +475,8 @@ class CoordinatorMachine:
         for id, shard in new.shards.items():
             if id not in old.shards or old.shards[id].epoch != shard.epoch:
                 self._heard.since_ns[id] = self.now_ns
+                for member in (*shard.members, *shard.learners):
+                    self._detector.expect(member.node, self.now_ns)
 
     def _follow_settings(self, map: ShardMap) -> None:
         self._detector.settings = settings_of(map, self.knobs)

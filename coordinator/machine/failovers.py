@@ -33,7 +33,7 @@ class Failovers:
     def __init__(self, coordinator: str) -> None:
         self._coordinator = coordinator
         self._told: dict[str, dict[int, Story]] = {}
-        """Shard -> epoch that came to its end -> story, oldest first."""
+        """Shard -> epoch that came to its end -> story."""
 
     # ---- what is known ----
 
@@ -55,15 +55,17 @@ class Failovers:
             return None  # told before the newer part of it, and heard after
         stories[ended] = story
         while len(stories) > KEPT_PER_SHARD:
-            del stories[next(iter(stories))]
+            del stories[min(stories)]
         return None
 
     def _on_cut(self, shard: str, cut: dict[str, Any]) -> None:
         """A node has taken entries out of its log that the chosen one does not have."""
-        for story in [*self._told.get(shard, {}).values()][-1:]:
-            cuts = story.setdefault("cut", {})
-            if is_id(str(cut.get("node"))) and len(cuts) < CUTS_MAX:
-                cuts[cut["node"]] = cut["cut_behind"]
+        stories = self._told.get(shard)
+        if not stories:
+            return
+        cuts = stories[max(stories)].setdefault("cut", {})
+        if is_id(str(cut.get("node"))) and len(cuts) < CUTS_MAX:
+            cuts[cut["node"]] = cut["cut_behind"]
 
     def known(self, shard: str | None) -> list[Story]:
         """Stories of takeovers, of one shard or of all, the newest first."""
@@ -107,6 +109,8 @@ class Failovers:
         if not ended:
             return None
         known = self._told.get(new.id, {}).get(ended, {})
+        if known.get("state") == "detecting":
+            known = {}  # of whoever told that; it may be old
         since_ns = min(outage.since_ns, now_ns) if outage else now_ns
         times = {"detecting": since_ns // MILLISECOND_NS, **known.get("times_ms", {})}
         reports = [(m.node, heard.report(new.id, m)) for m in old.members]

@@ -188,6 +188,8 @@ def whom_to_ask(map: ShardMap, heard: Heard) -> set[str]:
     nodes: set[str] = set()
     for shard in map.shards.values():
         if shard.state is not ShardState.ACTIVE:
+            past = shard.last_active.members if shard.last_active else ()
+            nodes |= {m.node for m in past if not (heard.hears(m) or heard.misses(m))}
             continue
         nodes |= _awaited(shard, heard)
         if shard.learners:

@@ -43,7 +43,7 @@ def _shard_reasons(node: NodeMachine, shard: Shard) -> list[str]:
     if shard.state is not ShardState.ACTIVE:
         return [f"shard {shard.id} is {shard.state}"]
     absences = {m.node: _absence(node, m) for m in shard.members}
-    if absence := absences[shard.primary]:
+    if absence := absences.get(shard.primary, "is none of its members"):
         return [f"primary {shard.primary} of shard {shard.id} {absence}"]
     up = sum(not absence for absence in absences.values())
     if up < shard.quorum:

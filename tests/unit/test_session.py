@@ -144,6 +144,20 @@ def test_few_calls_wait_for_those_that_are_under_way() -> None:
     assert count_in(second) == Knobs().client_fill_operations - 1
 
 
+def test_calls_that_trickle_in_leave_as_soon_as_they_are_worth_a_message() -> None:
+    """Not only when an answer comes: one that was lost would hold up all that gather behind it."""
+    client = Client()
+
+    def ask(count: int) -> list[int]:
+        for _ in range(count):
+            client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+        return [*map(count_in, client.sent())]
+
+    assert ask(200) == [100, 100]
+    assert [ask(1) for _ in range(99)] == [[]] * 99
+    assert ask(1) == [100]
+
+
 # ---- a primary that is silent ----
 
 
