@@ -94,6 +94,8 @@ class CoordinatorMachine:
         """The newest version for which the map was read again because a node has seen it."""
         self._read_ns = 0
         """When the store last said what it holds."""
+        self._has_news = True
+        """Something has come that the map may have to follow: what is told of takeovers, hundreds at a time, is not."""
         self._detector = Detector(knobs, settings_of(ShardMap(), knobs))
         self._heard = Heard(
             silent=self._detector.down, unproven=self._detector.unproven,
@@ -134,6 +136,9 @@ class CoordinatorMachine:
 
     def step(self, event: Event, now_ns: int) -> None:
         self.now_ns = now_ns
+        if isinstance(event, Received) and event.channel == "failover":
+            return self._on_failover(event)
+        self._has_news = True
         match event:
             case Received(channel="heartbeat"):
                 self._on_heartbeat(event)
@@ -141,8 +146,6 @@ class CoordinatorMachine:
                 self._on_admin(event)
             case Received(channel="suspect"):
                 self._on_suspicion(event)
-            case Received(channel="failover"):
-                self._on_failover(event)
             case Received(channel=channel):
                 raise AssertionError(f"no such channel: {channel}")
             case Responded(correlation, body):
@@ -153,9 +156,10 @@ class CoordinatorMachine:
                 self._on_stored(event)
             case AppendCompleted() | AppendStalled():
                 raise AssertionError("a coordinator has no log")
+        return None
 
     def on_deadline(self, now_ns: int) -> None:
-        self.now_ns = now_ns
+        self.now_ns, self._has_news = now_ns, True
         self._effects += self.lease.on_deadline(now_ns)
         for name in self._timers.pop_due(now_ns):
             if name == "look":
@@ -187,7 +191,9 @@ class CoordinatorMachine:
         self._tell_suspicions()
         for node in self._detector.take_probes():
             self._ask_for_beat(node)
-        self._reconcile()
+        if self._has_news:
+            self._has_news = False
+            self._reconcile()
         self._admin.look(self.map, now_ns)
         effects, self._effects = self._effects, []
         return Ready(effects)
