@@ -108,19 +108,18 @@ async def _serve(
 
 async def _remember(driver: Driver, bus: NatsBus, subjects: Subjects, timeout_s: float) -> None:
     """Hear again what was told of takeovers before this process began."""
-    events: list[tuple[str, bytes]] = []
-    for remaining in reversed(range(REMEMBER_ATTEMPTS)):
+    stream, events, reason = subjects.failovers_stream, subjects.any_failover, ""
+    for _ in range(REMEMBER_ATTEMPTS):
         try:
-            events = await bus.kept_events(
-                subjects.failovers_stream, subjects.any_failover, timeout_s
-            )
-            break
+            kept = await bus.kept_events(stream, events, timeout_s)
         except BusError as error:
-            if not remaining:
-                log.warning("takeovers of the past are not known: %s", error)
-        await asyncio.sleep(1.0)
-    for subject, body in events[-REMEMBERED_MAX:]:
-        driver.offer(Received("failover", last_token(subject), body, ""))
+            reason = str(error)
+            await asyncio.sleep(1.0)
+            continue
+        for subject, body in kept[-REMEMBERED_MAX:]:
+            driver.offer(Received("failover", last_token(subject), body))
+        return
+    log.warning("takeovers of the past are not known: %s", reason)
 
 
 async def _leave(machine: CoordinatorMachine, driver: Driver, bus: NatsBus, clock: Clock) -> None:

@@ -375,9 +375,8 @@ class Session:
         """Send what waits for its first attempt, as much as one message takes."""
         waiting, count = lane.waiting, len(lane.waiting)
         if not lane.in_flight:
-            count = max(
-                -(-count // 2), self._knobs.client_fill_operations
-            )  # the other half follows
+            half = -(-count // 2)  # the other one follows
+            count = max(half, self._knobs.client_fill_operations)
         columns, lane.waiting = waiting.split(self._cut(waiting, count))
         numbers = range(self._number + 1, self._number + 1 + len(columns))
         self._number = numbers[-1]

@@ -251,8 +251,6 @@ class CoordinatorMachine:
         """
         interval_ns = int(self._detector.settings.heartbeat_interval_s * SECOND_NS)
         self._timers.start("look", self.now_ns + min(SECOND_NS, interval_ns))
-        for id in self.map.nodes if self.map else ():
-            self._detector.expect(id, self.now_ns)
         self._timers.start_once("ask", self.now_ns)
         wait_ns = int(self.knobs.layout_wait_s * SECOND_NS)
         first_ns = self._first_node_ns

@@ -3,7 +3,16 @@
 import pytest
 
 from bus_kv.protocol.messages import Heartbeat, ReplicaReport
-from bus_kv.protocol.shard_map import Keyspace, Member, Node, NodeState, Shard, ShardMap, ShardState
+from bus_kv.protocol.shard_map import (
+    Configuration,
+    Keyspace,
+    Member,
+    Node,
+    NodeState,
+    Shard,
+    ShardMap,
+    ShardState,
+)
 from coordinator.machine.plan import Heard
 from coordinator.machine.roles import Roles, next_roles, whom_to_ask
 
@@ -69,3 +78,16 @@ def test_a_coordinator_that_has_just_started_takes_nobody_for_dead(first: str) -
     known = heard(n2=(5, 9), n3=(5, 9))
     known.silent = {"n1"}
     assert next_roles(shard, map, known) == Roles((N2, n3), "n2")
+
+
+def test_of_an_attempt_that_nobody_drives_all_former_members_are_asked() -> None:
+    """A coordinator that starts with the whole cluster would else go on with the first two it hears."""
+    n3 = Member("n3", "i3")
+    members = (N1, N2, n3)
+    shard = Shard(
+        "s1", "default", b"", None, EPOCH + 1, "new", (N1, N2), "n1", ShardState.RECOVERING,
+        last_active=Configuration(EPOCH, TOKEN, members),
+    )  # fmt: skip
+    nodes = {m.node: Node(m.node, m.incarnation, NodeState.UP) for m in members}
+    map = ShardMap(1, EPOCH + 1, "", {"default": Keyspace()}, {"s1": shard}, nodes)
+    assert whom_to_ask(map, heard(n1=(5, 9))) == {"n2", "n3"}
