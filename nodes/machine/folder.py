@@ -160,7 +160,7 @@ class Folder:
         self.mark = mark
         self.bytes -= folded_bytes
         self._table.folded()
-        self._lifetimes.folded(mark.time_ms)
+        self._lifetimes.folded(mark.last, mark.time_ms)
         reached = [then for last, then in self._barriers if last <= mark.last]
         self._barriers = [(last, then) for last, then in self._barriers if last > mark.last]
         for then in reached:

@@ -53,8 +53,8 @@ class Lifetimes:
         for key, seq in ended.items():
             heapq.heappush(self._heap, (time_ms + RETRY_MS, key, seq))
 
-    def folded(self, time_ms: int) -> None:
-        """What was written is on disk: lifetimes beyond the horizon are found there in time.
+    def folded(self, seq: int, time_ms: int) -> None:
+        """What was written up to `seq` is on disk: lifetimes beyond the horizon are found there in time.
 
         An answer that is on its way may have been read before the fold, so what it would be about stays here.
         """
@@ -62,7 +62,7 @@ class Lifetimes:
             self.horizon_ms = time_ms + HORIZON_MS
             self._ask_ms = time_ms + HORIZON_MS // 2
         kept_ms = max(self.horizon_ms, self.asked_until_ms)
-        self._heap = [item for item in self._heap if item[0] <= kept_ms]
+        self._heap = [item for item in self._heap if item[0] <= kept_ms or item[2] > seq]
         heapq.heapify(self._heap)
 
     def needs_more(self, time_ms: int) -> bool:

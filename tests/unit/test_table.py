@@ -82,9 +82,20 @@ def test_lifetimes_that_end_late_are_left_to_the_disk() -> None:
     lifetimes = Lifetimes(all_known=True)
     late_ms = 3 * HORIZON_MS
     lifetimes.add({b"soon": (b"", 1, 1, 10), b"late": (b"", 1, 2, late_ms)})
-    lifetimes.folded(time_ms=0)
+    lifetimes.folded(seq=2, time_ms=0)
     assert lifetimes.pop_ended(late_ms, 9) == {b"soon": 1}
     assert lifetimes.needs_more(late_ms)
     lifetimes.asked_until_ms = late_ms + HORIZON_MS
     lifetimes.extend([(late_ms, b"late", 2)], limit=10, time_ms=0)
     assert lifetimes.pop_ended(late_ms, 9) == {b"late": 2}
+
+
+def test_a_lifetime_that_no_fold_has_carried_is_not_left_to_the_disk() -> None:
+    """A backup becomes primary between two folds: the disk, asked then, does not know the newest write yet."""
+    lifetimes = Lifetimes(all_known=False)
+    lifetimes.add({b"on disk": (b"", 5, 219, 10), b"newest": (b"", 5, 220, 20)})
+    lifetimes.folded(seq=219, time_ms=5)
+    assert lifetimes.needs_more(6)
+    lifetimes.asked_until_ms = 6 + HORIZON_MS
+    lifetimes.extend([(10, b"on disk", 219)], limit=10, time_ms=6)
+    assert lifetimes.pop_ended(20, 9) == {b"on disk": 219, b"newest": 220}
