@@ -110,6 +110,8 @@ class Knobs:
     """Entries that the log keeps per shard although the state has them, for whoever has to catch up."""
     log_bytes_max: int = 1 << 30
     """And how much it keeps for a member that has not got it yet; who lags further behind takes a snapshot."""
+    log_fetched_bytes_max: int = 16 << 30
+    """And how much while one of them is fetching: what is written during a long snapshot is needed at its end."""
     remind_ms: int = 100
     """A primary repeats what it said to its replicas after this, while something of it is unanswered."""
     remind_idle_ms: int = 1000

@@ -175,6 +175,7 @@ class Control:
         if replica is None or not here or replica.promised != attempt:
             return reply({"type": "refused", "reason": "this replica is not in that epoch"})
         after = position_from_wire(fields["after"])
+        replica.note_fetch()
         read = LogRead(0, replica.shard.id, after, self._node.sizes.entry)
         return self._node.ask(read, partial(_answer_fetch, replica, attempt, after, reply))
 

@@ -166,16 +166,18 @@ class Folder:
         for then in reached:
             then()
 
-    def trim(self, others_have: int) -> Trim | None:
+    def trim(self, others_have: int, is_fetched: bool = False) -> Trim | None:
         """What the log may forget: entries behind the mark, the oldest first, once it keeps more than it should.
 
-        What another member lacks (beyond `others_have`) or no checkpoint has stays, until the log is very long.
+        What another member lacks (beyond `others_have`) or no checkpoint has stays, until the log is very long; and
+        until it is much longer while somebody fetches what he lacks.
         """
         last, knobs = 0, self._knobs
+        bytes_max = knobs.log_fetched_bytes_max if is_fetched else knobs.log_bytes_max
         spare = min(others_have, self.checkpointed)
         while len(self._kept) > 1 and self._kept_bytes > knobs.log_keep_bytes:
             seq, size = self._kept[0]
-            is_wanted = seq > spare and self._kept_bytes <= knobs.log_bytes_max
+            is_wanted = seq > spare and self._kept_bytes <= bytes_max
             if seq > self.mark.last or is_wanted:
                 break
             last = seq

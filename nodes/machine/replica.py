@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bus_kv.core.machine import CutRow, EntryRow, Mark, ReplicaRow
 from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import BusKVError, NotPrimary, OutcomeUnknown, ShardUnavailable, StaleEpoch
+from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.shard_map import Member, ShardState, shard_to_document
 from nodes.machine.backup import Backup
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 ANY_ROUND = 2**62
 NOT_KNOWN_SEQ = 2**62
+FETCH_TRIES = 4
+"""Who has not asked for so many times the pause after which it asks again does not fetch any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,7 @@ class Replica:
         self.backup = Backup(self)
         self.cuts = Cuts(self)
         self._filter_builder = FilterBuilder(shard.id, self.table, ask)
+        self._fetched_until_ns = 0
         self._base_time_ms = mark.time_ms
         self._rows: list[EntryRow | CutRow] = []
         """What the log has to do at the end of the turn."""
@@ -543,6 +547,11 @@ class Replica:
 
     # ---- the turn ----
 
+    def note_fetch(self) -> None:
+        """Another replica is fetching the log or a snapshot; while it does, the log does not leave it behind."""
+        patience_ns = FETCH_TRIES * self.knobs.snapshot_retry_ms * MILLISECOND_NS
+        self._fetched_until_ns = self.now_ns + patience_ns
+
     def end_turn(self) -> Trim | None:
         """Ask the disk for what was missed in this turn, fold what is due; what the log may forget."""
         self.loader.take_wanted()
@@ -553,7 +562,7 @@ class Replica:
         self.cuts.tell_if_due()
         replication = self.replication
         others_have = min(replication.match.values()) if replication else self.commit_seq
-        return self.folder.trim(others_have)
+        return self.folder.trim(others_have, self.now_ns < self._fetched_until_ns)
 
     def next_deadline_ns(self) -> int:
         """NEVER_NS: nothing is to be done unless something comes."""

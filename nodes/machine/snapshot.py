@@ -181,6 +181,7 @@ class Snapshots:
         here = fields["incarnation"] == self._node.config.incarnation
         if replica is None or not here or replica.promised != attempt or not replica.is_active:
             return reply({"type": "refused", "reason": "this replica is not the primary"})
+        replica.note_fetch()
         mark = replica.folder.mark
         last = mark.last if fields["last"] is None else fields["last"]
         place = fields["place"]

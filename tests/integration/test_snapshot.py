@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.support.cluster import cluster_on, until
 
@@ -16,34 +17,25 @@ if TYPE_CHECKING:
 COUNT = 2000
 
 
+TRIMMED: dict[str, Any] = {
+    "log_keep_bytes": 1,
+    "log_bytes_max": 1,
+    "fold_interval_ms": 20,
+    "heartbeat_interval_s": 0.2,
+}
+"""Logs reach back no further than the fold."""
+
+
 async def test_a_node_that_missed_more_than_the_log_has_takes_a_snapshot(
     nats_url: str, tmp_path: Path
 ) -> None:
-    async with cluster_on(
-        nats_url, tmp_path, nodes=3, log_keep_bytes=1, log_bytes_max=1, fold_interval_ms=20,
-        heartbeat_interval_s=0.2,
-    ) as cluster:  # fmt: skip
+    async with cluster_on(nats_url, tmp_path, nodes=3, **TRIMMED) as cluster:
         bus = cluster.bus
         await bus.ok("put", key="before", value="1", request_id="c:1")
-        cluster.kill("n3")
-
-        async def is_out() -> bool:
-            return (await cluster.shard())["members"] == ["n1", "n2"]
-
-        await until(is_out, 30)
-        for first in range(0, COUNT, 500):
-            puts = [
-                {"op": "put", "key": f"k{i:05}", "value": f"v{i}"}
-                for i in range(first, first + 500)
-            ]
-            await cluster.until_ok("batch", ops=puts)
+        await leave_behind(cluster, "n3")
         await cluster.until_ok("delete", key="before", request_id="c:2")
         cluster.restart("n3")
-
-        async def is_in() -> bool:
-            return "n3" in (await cluster.shard())["members"]
-
-        await until(is_in, 60)
+        await until(lambda: is_member(cluster, "n3"), 60)
         await cluster.until_ok("admin.transfer", shard="s1", to="n3")
         assert await cluster.primary() == "n3"
         await cluster.until_ok("put", key="after", value="2")
@@ -56,6 +48,54 @@ async def test_a_node_that_missed_more_than_the_log_has_takes_a_snapshot(
         repeat = await cluster.until_ok("delete", key="before", request_id="c:2")
         assert repeat["found"] is True, "the repeat has the result of the first"
         assert log_begins_at(cluster, "n3") > COUNT // 2, "its log begins where the snapshot ended"
+
+
+async def test_a_snapshot_comes_to_its_end_while_more_is_written_than_the_log_keeps(
+    nats_url: str, tmp_path: Path
+) -> None:
+    slow = {**TRIMMED, "snapshot_bytes_per_s": 100_000}
+    async with cluster_on(nats_url, tmp_path, nodes=3, **slow) as cluster:
+        await leave_behind(cluster, "n3")
+        written = 0
+
+        async def write() -> None:
+            nonlocal written
+            while True:
+                await cluster.until_ok("put", key="live", value=f"{written + 1}")
+                written += 1
+
+        cluster.restart("n3")
+        writing = asyncio.create_task(write())
+        try:
+            await until(lambda: is_member(cluster, "n3"), 60)
+        finally:
+            writing.cancel()
+        assert log_begins_at(cluster, "n3") > 1, "it took a snapshot"
+        assert written > 10
+        await cluster.until_ok("admin.transfer", shard="s1", to="n3")
+        entry = await cluster.until_ok("get", key="live")
+        assert int(entry["value"]) >= written
+        count = await cluster.until_ok("scan", count_only=True)
+        assert count["count"] == COUNT + 1
+
+
+async def leave_behind(cluster: Cluster, node: str) -> None:
+    """Kill a backup and write more than the logs of the others keep."""
+    cluster.kill(node)
+
+    async def is_out() -> bool:
+        return not await is_member(cluster, node)
+
+    await until(is_out, 30)
+    for first in range(0, COUNT, 500):
+        puts = [
+            {"op": "put", "key": f"k{i:05}", "value": f"v{i}"} for i in range(first, first + 500)
+        ]
+        await cluster.until_ok("batch", ops=puts)
+
+
+async def is_member(cluster: Cluster, node: str) -> bool:
+    return node in (await cluster.shard())["members"]
 
 
 def log_begins_at(cluster: Cluster, node: str) -> int:

@@ -90,6 +90,7 @@ def _knobs(random: Random, haste: int) -> Knobs:
         unfolded_bytes_max=random.choice([2000, 1_000_000]),
         log_keep_bytes=random.choice([0, 200, 1000, 1_000_000]),
         log_bytes_max=random.choice([0, 1000, 1_000_000]),
+        log_fetched_bytes_max=1000,
         snapshot_retry_ms=500 // haste,
         dedup_runs_max=random.choice([0, 3, 1000]),
         client_window_messages=random.choice([1, 4]),

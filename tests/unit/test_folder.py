@@ -144,3 +144,9 @@ def test_what_another_replica_lacks_stays_in_the_log() -> None:
 
 def test_a_very_long_log_is_trimmed_behind_the_fold() -> None:
     assert folded_log(log_bytes_max=10).trim(others_have=0) == Trim("s1", 2)
+
+
+def test_what_somebody_is_fetching_stays_in_a_very_long_log() -> None:
+    assert folded_log(log_bytes_max=10).trim(others_have=0, is_fetched=True) is None
+    folder = folded_log(log_bytes_max=10, log_fetched_bytes_max=20)
+    assert folder.trim(others_have=0, is_fetched=True) == Trim("s1", 1)
