@@ -104,7 +104,7 @@ def requests_on_disk_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def log_cut_before_the_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log forgets what the state on disk does not have yet."""
 
-    def trim(self: Folder, others_have: int) -> Trim | None:
+    def trim(self: Folder, others_have: int, is_fetched: bool) -> Trim | None:
         return Trim(self._shard, self._end.last) if self._end.last > self.mark.last else None
 
     monkeypatch.setattr(Folder, "trim", trim)
