@@ -121,8 +121,8 @@ class FoldWriter:
         for name, source in self._sources.items():
             cursor.register(name, source)
 
-    def write(self, fold: Fold, table: ShardTable) -> None:
-        """All of it or nothing. Raises duckdb.Error."""
+    def write(self, fold: Fold, table: ShardTable) -> int:
+        """All of it or nothing; the bytes of its operations. Raises duckdb.Error."""
         rows = {
             "records": _records(fold.records), "deleted": _deleted(fold.records),
             "operations": _operations(fold.batches), "requests": _requests(fold.batches),
@@ -135,6 +135,7 @@ class FoldWriter:
         finally:
             for source in self._sources.values():
                 source.clear()
+        return _bytes(rows["operations"])
 
     def _write(self, db: DuckDBPyConnection, fold: Fold, table: ShardTable) -> None:
         operations, mark = self._sources["operations"].rows, fold.mark
@@ -145,8 +146,7 @@ class FoldWriter:
         if self._sources["deleted"].rows.num_rows:
             db.execute(_DELETE.format(table=table.name))
         if operations.num_rows:
-            data_bytes = operations["key"].nbytes + operations["value"].nbytes
-            part = [mark.last, mark.time_ms, data_bytes + OPERATION_BYTES * operations.num_rows]
+            part = [mark.last, mark.time_ms, _bytes(operations)]
             db.execute(_LOG, [fold.shard])
             db.execute("INSERT INTO state.oplog_parts VALUES (?, ?, ?, ?)", [fold.shard, *part])
         if self._sources["requests"].rows.num_rows:
@@ -171,6 +171,12 @@ class FoldWriter:
         for name in self._sources:
             self._cursor.unregister(name)
         self._cursor.close()
+
+
+def _bytes(operations: Any) -> int:
+    """What they take in the oplog."""
+    data_bytes = operations["key"].nbytes + operations["value"].nbytes
+    return int(data_bytes + OPERATION_BYTES * operations.num_rows)
 
 
 def largest_value(effect: Fold | Load) -> int:

@@ -49,8 +49,10 @@ class _Waiting:
 class Folder:
     def __init__(
         self, shard: str, keyspace: str, mark: Mark, table: Table, lifetimes: Lifetimes,
-        knobs: Knobs, ask: Callable[[Any, Any], None],
+        knobs: Knobs, ask: Callable[[Any, Any], None], phase: float = 0.0,
     ) -> None:  # fmt: skip
+        """The first fold is put off by this part of an interval, so that members do not fold at the same time: W of
+        them are enough to acknowledge a write."""
         self.mark = mark
         """Up to where the disk has it all."""
         self.checkpointed = 0
@@ -69,6 +71,8 @@ class Folder:
         """When the first of what waits was committed."""
         self._busy = False
         self._hold_ns = 0
+        self._patience = 1 + phase
+        """In intervals, until the next fold."""
         self._barriers: list[tuple[int, Callable[[], None]]] = []
         self._kept: deque[tuple[int, int]] = deque()
         """(last seq, bytes) of entries that the log still has, oldest first."""
@@ -109,7 +113,7 @@ class Folder:
         """When a fold is due by age."""
         if self._since_ns is None or self._busy:
             return NEVER_NS
-        due_ns = self._since_ns + self.interval_ns
+        due_ns = self._since_ns + int(self.interval_ns * self._patience)
         return max(due_ns, self._hold_ns)
 
     def fold_if_due(self, now_ns: int) -> None:
@@ -121,13 +125,13 @@ class Folder:
         if due_ns == NEVER_NS:
             return
         held = now_ns < self._hold_ns and self.bytes < self._knobs.unfolded_bytes_max // 2
-        due = now_ns >= due_ns or self.bytes >= self._knobs.fold_bytes
+        due = now_ns >= due_ns or self.bytes >= self._knobs.fold_bytes * self._patience
         if self._barriers or (due and not held):
             self._fold()
 
     def _fold(self) -> None:
         taken, folded_bytes = self._take()
-        self._busy = True
+        self._busy, self._patience = True, 1
         if not self._waiting:
             self._since_ns = None
             records = self._table.freeze()

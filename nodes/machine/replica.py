@@ -125,7 +125,10 @@ class Replica:
         self.table = Table(mark, knobs.cache_bytes)
         self.lifetimes = Lifetimes(all_known=mark.last == 0)
         ask = ports.ask
-        self.folder = Folder(shard.id, shard.keyspace, mark, self.table, self.lifetimes, knobs, ask)
+        self.folder = Folder(
+            shard.id, shard.keyspace, mark, self.table, self.lifetimes, knobs, ask,
+            _phase(shard, node),
+        )  # fmt: skip
         self.loader = Loader(shard.id, self.table, ask, sizes.entry)
         self.scans = Scans(self, ask, sizes.page)
         self.history = History(self, ask, sizes.page)
@@ -594,6 +597,12 @@ class Replica:
         self.writer.on_deadline(now_ns)
         self.pull.on_deadline(now_ns)
         self.expiry.expire(now_ns // 1_000_000)
+
+
+def _phase(shard: Shard, node: str) -> float:
+    """Where the node stands among all who have the shard, from 0 to 1."""
+    nodes = [member.node for member in (*shard.members, *shard.learners)]
+    return nodes.index(node) / len(nodes) if node in nodes else 0.0
 
 
 def _failure(waiting: Waiting[Any], shard: str, reason: str) -> BusKVError:

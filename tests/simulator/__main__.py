@@ -25,7 +25,7 @@ def attempt(seed: int) -> Result | str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make sim", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to run")
+    parser.add_argument("--seeds", type=int, default=2000, help="how many seeds to run")
     parser.add_argument("--first", type=int, default=1, help="the first of them")
     parser.add_argument("--seed", type=int, help="run one seed and print its trace")
     arguments = parser.parse_args()

@@ -110,5 +110,5 @@ def _check_member(
     checkers.check_same(rows, disk.entries.get(shard, []), copy)
     committed = [op for op in log if op.version[1] <= copy.commit_seq]
     state = disk.state.shard(shard)
-    checkers.check_state(committed, state)
+    checkers.check_state(committed, state, copy.whole_seq)
     checkers.check_table(committed, copy.table, state)

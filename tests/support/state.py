@@ -29,12 +29,14 @@ class State:
         self.store = open_state(directory, **settings)
         self.events: queue.Queue[Any] = queue.Queue()
         self.checkpoints: list[dict[str, int]] = []
+        self.checkpointed: queue.Queue[dict[str, int]] = queue.Queue()
         self.failures: queue.Queue[Any] = queue.Queue()
         self.store.start(self._on_event, self.failures.put)
 
     def _on_event(self, event: Any) -> None:
         if isinstance(event, Checkpointed):
             self.checkpoints.append(event.lasts)
+            self.checkpointed.put(event.lasts)
         else:
             self.events.put(event)
 

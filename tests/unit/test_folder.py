@@ -5,8 +5,10 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from bus_kv.core.machine import Answered, Fold, Mark, Trim
-from bus_kv.knobs import Knobs
+from bus_kv.knobs import SECOND_NS, Knobs
 from bus_kv.protocol.batch import DELETE, Batch
 from nodes.machine.folder import FOLD_MEMORY_SHARE, Folder
 from nodes.machine.lifetimes import Lifetimes
@@ -108,6 +110,37 @@ def test_a_barrier_waits_for_the_last_of_them() -> None:
         assert passed == []
         item[1]([], None)
     assert passed == ["passed"]
+
+
+# ---- when ----
+
+
+@pytest.mark.parametrize("per_second", [100, 100_000], ids=["by age", "by size"])
+def test_members_fold_in_turn(per_second: int) -> None:
+    """They have the same log at the same time; a majority of them does not fold."""
+    knobs = Knobs(fold_interval_ms=1000, fold_bytes=100_000)
+    asked: list[tuple[int, Any]] = []
+
+    def folder_of(at: int) -> Folder:
+        def ask(_: Any, then: Any) -> None:
+            asked.append((at, then))
+
+        table, lifetimes = Table(Mark(), 1 << 20), Lifetimes(all_known=True)
+        return Folder("s1", "default", Mark(), table, lifetimes, knobs, ask, at / 3)
+
+    folders = [folder_of(at) for at in range(3)]
+    order: list[int] = []
+    for seq in range(1, 1000):
+        now_ns = seq * SECOND_NS // 100
+        for folder in folders:
+            folder.add([], [], {}, Mark(1, seq), per_second // 100, now_ns)
+            folder.fold_if_due(now_ns)
+        assert len(asked) <= 1, "nobody else at this moment"
+        for at, then in asked:
+            order.append(at)
+            then([], None)
+        asked.clear()
+    assert order[:9] == [0, 1, 2] * 3
 
 
 # ---- what the log may forget ----

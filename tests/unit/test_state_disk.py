@@ -12,12 +12,14 @@ from typing import Any
 import duckdb
 import pytest
 
+import nodes.state
 from bus_kv.core.machine import Lookup, Mark
 from nodes.log import DiskError, DiskFull
 from nodes.state import set_aside
 from nodes.state_file import explain
 from tests.support.command import environment
 from tests.support.state import (
+    ANSWER_WITHIN_S,
     RandomWriter,
     State,
     Writer,
@@ -106,6 +108,21 @@ def test_a_checkpoint_is_told_with_what_it_has(tmp_path: Path) -> None:
         state.do(writer.fold(puts([key])))
     state.store.close()
     assert state.checkpoints[-1] == {"s1": writer.on_disk.mark.last}
+
+
+def test_what_was_folded_is_checkpointed_once_nothing_more_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the checkpoints before took: until then a start has it all to replay."""
+    monkeypatch.setattr(nodes.state, "CHECKPOINT_PAUSE", 1 << 60)
+    monkeypatch.setattr(nodes.state, "IDLE_S", 0.01)
+    state, writer = State(tmp_path, checkpoint_wal_bytes=1 << 30), Writer()
+    for round in range(2):
+        state.do(writer.fold(puts([b"%d %d" % (round, i) for i in range(100)], bytes(1 << 15))))
+        lasts: dict[str, int] = {}
+        while lasts.get("s1") != writer.on_disk.mark.last:
+            lasts = state.checkpointed.get(timeout=ANSWER_WITHIN_S)
+    state.store.close()
 
 
 def kill_while_it_folds(data: Path, seed: int, folds: int) -> int:
