@@ -64,7 +64,9 @@ IDLE_S = 2.0
 """How often the folding thread looks after the file when nothing is folded."""
 CHECKPOINT_PAUSE = 20
 """A checkpoint is made again after so many times its own duration: it takes a twentieth of the time, and there is never
-much to replay after a crash. Once nothing is folded for a while it costs nobody anything, and comes at once."""
+much to replay after a crash."""
+CHECKPOINT_REST_S = 10.0
+"""Once nothing was folded for so long it costs nobody anything, and is not put off any more."""
 CHECKPOINT_BYTES_MIN = 1 << 20
 """Less than this, of the file's log or of operations, is replayed at once."""
 CHECKPOINT_MEMORY_SHARE = 8
@@ -133,6 +135,8 @@ class StateStore:
         self._checkpoint_due_ns = self._clock.now_ns() + self._checkpoint_interval_ns
         self._checkpoint_not_before_ns = 0
         self._checkpoint_again_ns = 0
+        self._rests_ns = 0
+        """When nothing will have been folded for so long that nothing more is expected."""
         self._folded_bytes = 0
         """Of operations, since the last checkpoint."""
         self._retention_due_ns = 0
@@ -263,8 +267,9 @@ class StateStore:
                 fold = self._folds.take(IDLE_S)
                 if fold is not None:
                     failure = self._write_until_done(fold)
+                    self._rests_ns = self._clock.now_ns() + int(CHECKPOINT_REST_S * SECOND_NS)
                     self._on_event(Answered(fold.ticket, failure=failure))
-                self._look_after(is_idle=fold is None)
+                self._look_after()
             if self._file.wal_bytes():
                 self._checkpoint()
         except _Closed:
@@ -358,7 +363,7 @@ class StateStore:
 
     # ---- upkeep ----
 
-    def _look_after(self, is_idle: bool) -> None:
+    def _look_after(self) -> None:
         now_ns = self._clock.now_ns()
         if now_ns >= self._retention_due_ns:
             self._retention_due_ns = now_ns + int(RETENTION_INTERVAL_S * SECOND_NS)
@@ -366,7 +371,7 @@ class StateStore:
         wal_bytes = self._file.wal_bytes()
         # What was appended in bulk is in the file, and next to nothing of it in the file's log.
         much = max(wal_bytes, self._folded_bytes) >= CHECKPOINT_BYTES_MIN
-        paused = is_idle or now_ns >= self._checkpoint_again_ns
+        paused = now_ns >= min(self._checkpoint_again_ns, self._rests_ns)
         full = wal_bytes >= self._checkpoint_wal_bytes
         due = full or (much and paused) or now_ns >= self._checkpoint_due_ns
         if due and wal_bytes and now_ns >= self._checkpoint_not_before_ns:

@@ -116,6 +116,7 @@ def test_what_was_folded_is_checkpointed_once_nothing_more_is(
     """However long the checkpoints before took: until then a start has it all to replay."""
     monkeypatch.setattr(nodes.state, "CHECKPOINT_PAUSE", 1 << 60)
     monkeypatch.setattr(nodes.state, "IDLE_S", 0.01)
+    monkeypatch.setattr(nodes.state, "CHECKPOINT_REST_S", 0.02)
     state, writer = State(tmp_path, checkpoint_wal_bytes=1 << 30), Writer()
     for round in range(2):
         state.do(writer.fold(puts([b"%d %d" % (round, i) for i in range(100)], bytes(1 << 15))))
