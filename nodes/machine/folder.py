@@ -177,7 +177,7 @@ class Folder:
         until it is much longer while somebody fetches what he lacks.
         """
         last, knobs = 0, self._knobs
-        bytes_max = knobs.log_fetched_bytes_max if is_fetched else knobs.log_bytes_max
+        bytes_max = max(knobs.log_bytes_max, knobs.log_fetched_bytes_max if is_fetched else 0)
         spare = min(others_have, self.checkpointed)
         while len(self._kept) > 1 and self._kept_bytes > knobs.log_keep_bytes:
             seq, size = self._kept[0]

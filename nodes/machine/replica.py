@@ -548,12 +548,12 @@ class Replica:
                 return "all" if seq <= self.everywhere_seq else "quorum"
         return "rolled_back" if epoch < self.shard.epoch else "unknown"
 
-    # ---- the turn ----
-
     def note_fetch(self) -> None:
         """Another replica is fetching the log or a snapshot; while it does, the log does not leave it behind."""
         patience_ns = FETCH_TRIES * self.knobs.snapshot_retry_ms * MILLISECOND_NS
         self._fetched_until_ns = self.now_ns + patience_ns
+
+    # ---- the turn ----
 
     def end_turn(self) -> Trim | None:
         """Ask the disk for what was missed in this turn, fold what is due; what the log may forget."""

@@ -28,20 +28,23 @@ class State:
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.store = open_state(directory, **settings)
         self.events: queue.Queue[Any] = queue.Queue()
-        self.checkpoints: list[dict[str, int]] = []
-        self.checkpointed: queue.Queue[dict[str, int]] = queue.Queue()
+        self.checkpoints: queue.Queue[dict[str, int]] = queue.Queue()
         self.failures: queue.Queue[Any] = queue.Queue()
         self.store.start(self._on_event, self.failures.put)
 
     def _on_event(self, event: Any) -> None:
         if isinstance(event, Checkpointed):
-            self.checkpoints.append(event.lasts)
-            self.checkpointed.put(event.lasts)
+            self.checkpoints.put(event.lasts)
         else:
             self.events.put(event)
 
     def next_event(self) -> Any:
         return self.events.get(timeout=ANSWER_WITHIN_S)
+
+    def wait_checkpointed(self, shard: str, last: int) -> None:
+        """Until a checkpoint has the shard up to this seq. Raises queue.Empty."""
+        while self.checkpoints.get(timeout=ANSWER_WITHIN_S).get(shard) != last:
+            pass
 
     def do(self, effect: Any) -> Answered:
         self.store.submit(effect)

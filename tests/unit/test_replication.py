@@ -477,3 +477,12 @@ def test_a_log_that_begins_behind_what_is_asked_for_is_trimmed(
     rows = [None, [EntryRow("s1", begins[1] + 1, begins[0], body)]]
     _answer_fetch(replica, replica.promised, (3, 5), answers.append, rows, None)
     assert [answer["type"] for answer in answers] == [expected]
+
+
+def test_members_put_off_their_first_fold_by_different_times() -> None:
+    """They have the same log at the same time; a majority is to answer while one of them folds."""
+    trio = Trio()
+    trio.serve()
+    trio.put("n1", b"k", b"v")
+    trio.settle()
+    assert len({trio[name].folder.next_ns() for name in trio.nodes}) == 3

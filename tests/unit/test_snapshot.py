@@ -8,8 +8,17 @@ from zlib import crc32
 
 import pytest
 
-from bus_kv.core.machine import Answered, AppendCompleted, Load, Mark
+from bus_kv.core.machine import (
+    Answered,
+    AppendCompleted,
+    Fold,
+    Load,
+    Mark,
+    Received,
+    Trim,
+)
 from bus_kv.knobs import SECOND_NS, Knobs
+from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.shard_map import Keyspace, Member, Shard, ShardMap, ShardState
 from bus_kv.subjects import Subjects
 from nodes.machine.node import NodeConfig, NodeMachine
@@ -24,9 +33,9 @@ CHUNK = b"rows"
 class Learner:
     """Node c, a learner of s1, and what it asks other nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, **knobs: int) -> None:
         config = NodeConfig("c", "i", (1, "r"), Subjects("x"), 1 << 20)
-        self.node = NodeMachine(config, Knobs())
+        self.node = NodeMachine(config, Knobs(**knobs))
         self.node.map = ShardMap(1, 1, "w", {"default": Keyspace()})
         self.node.now_ns = SECOND_NS
         self.calls: list[tuple[str, dict[str, Any], Any]] = []
@@ -115,6 +124,36 @@ def test_after_a_restart_a_snapshot_is_not_read_before_the_log_has_filled_its_ho
     trio.settle()
     assert trio["n3"].commit_seq == 4
     assert trio["n3"].is_whole
+
+
+@pytest.mark.parametrize("type", ["fetch", "snapshot"])
+def test_the_log_stays_for_who_keeps_asking_and_goes_when_he_stops(type: str) -> None:
+    node = Learner(log_keep_bytes=0, log_bytes_max=1).node
+    replica = node.replicas["s1"]
+    if type == "snapshot":
+        replica.status = Status.ACTIVE
+    for seq in (1, 2, 3):
+        replica.folder.add([], [], {}, Mark(1, seq), 10, node.now_ns)
+
+    def trims(after_s: int) -> list[Trim]:
+        node.replicas.touch("s1")
+        effects = node.take_ready(node.now_ns + after_s * SECOND_NS).effects
+        for fold in [effect for effect in effects if isinstance(effect, Fold)]:
+            node.step(Answered(fold.ticket), node.now_ns)
+        return [effect for effect in effects if isinstance(effect, Trim)]
+
+    epoch, token = replica.promised
+    question = encode_cbor(
+        {
+            "type": type, "shard": "s1", "epoch": epoch, "token": token, "incarnation": "i",
+            "after": (0, 0), "last": None, "place": None,
+        }
+    )  # fmt: skip
+    for _ in range(10):
+        node.step(Received("node", "c", question, "reply"), node.now_ns)
+        assert trims(after_s=3) == []
+    assert replica.folder.mark.last == 3, "nothing else holds the log"
+    assert trims(after_s=60) == [Trim("s1", 2)]
 
 
 def loads_in(node: NodeMachine) -> list[Load]:

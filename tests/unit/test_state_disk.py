@@ -19,7 +19,6 @@ from nodes.state import set_aside
 from nodes.state_file import explain
 from tests.support.command import environment
 from tests.support.state import (
-    ANSWER_WITHIN_S,
     RandomWriter,
     State,
     Writer,
@@ -106,8 +105,8 @@ def test_a_checkpoint_is_told_with_what_it_has(tmp_path: Path) -> None:
     state, writer = State(tmp_path, checkpoint_wal_bytes=1), Writer()
     for key in (b"a", b"b"):
         state.do(writer.fold(puts([key])))
+        state.wait_checkpointed("s1", writer.on_disk.mark.last)
     state.store.close()
-    assert state.checkpoints[-1] == {"s1": writer.on_disk.mark.last}
 
 
 def test_what_was_folded_is_checkpointed_once_nothing_more_is(
@@ -120,9 +119,7 @@ def test_what_was_folded_is_checkpointed_once_nothing_more_is(
     state, writer = State(tmp_path, checkpoint_wal_bytes=1 << 30), Writer()
     for round in range(2):
         state.do(writer.fold(puts([b"%d %d" % (round, i) for i in range(100)], bytes(1 << 15))))
-        lasts: dict[str, int] = {}
-        while lasts.get("s1") != writer.on_disk.mark.last:
-            lasts = state.checkpointed.get(timeout=ANSWER_WITHIN_S)
+        state.wait_checkpointed("s1", writer.on_disk.mark.last)
     state.store.close()
 
 
