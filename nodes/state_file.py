@@ -24,6 +24,14 @@ import duckdb
 
 from bus_kv.core.machine import Mark
 from nodes.log import DiskError, DiskFull
+from nodes.state_schema import (
+    KV_COLUMNS,
+    KV_OF_SHARD,
+    NO_KV,
+    OPLOG_VIEW,
+    SAMPLE_HASH,
+    SCHEMA,
+)  # fmt: skip
 from nodes.state_snapshot import clear_shard
 
 if TYPE_CHECKING:
@@ -41,51 +49,10 @@ TEMPORARY_NAME = "state.tmp"
 TEMPORARY_SIZE_MAX = "4GB"
 """What queries may spill to disk; the disk is needed for the log."""
 PEEK_NAME = "state.peek"
+ROW_GROUP_ROWS = 30_720
+"""A quarter of DuckDB's default; it has to be a multiple of 2048. Whole row groups of a fold go straight to the file;
+what is less than one goes through the write-ahead log, and a checkpoint writes it again with its neighbours."""
 WAL_SUFFIXES = (".wal", ".wal.checkpoint", ".wal.recovery")
-
-_SCHEMA = """
-CREATE TABLE state.meta (name VARCHAR, value VARCHAR);
-CREATE TABLE state.marks (
-    shard VARCHAR, number INTEGER, keyspace VARCHAR,
-    epoch BIGINT, last BIGINT, time_ms BIGINT, keys BIGINT, data_bytes BIGINT, lineage VARCHAR
-);
-CREATE TABLE state.oplog (
-    shard VARCHAR, epoch BIGINT, seq BIGINT, time_ms BIGINT, op VARCHAR, key BLOB,
-    key_hash UINTEGER, value BLOB, client VARCHAR, number UBIGINT, request_index UINTEGER,
-    txn_id VARCHAR, trace_id VARCHAR, outcome VARCHAR
-);
-CREATE TABLE state.oplog_parts (shard VARCHAR, last BIGINT, time_ms BIGINT, bytes BIGINT);
-CREATE TABLE state.requests (
-    shard VARCHAR, client VARCHAR, first UBIGINT, last UBIGINT, numbers BLOB, indexes BLOB,
-    outcomes BLOB, epoch BIGINT, first_seq BIGINT, time_ms BIGINT
-);
-CREATE TABLE state.clients (
-    shard VARCHAR, client VARCHAR, floor UBIGINT, time_ms BIGINT, PRIMARY KEY (shard, client)
-);
-"""
-"""What is appended in bulk and read by scans has no index to pay for."""
-
-_KV_COLUMNS = """
-    key BLOB PRIMARY KEY, value BLOB, value_bytes INTEGER NOT NULL, epoch BIGINT, seq BIGINT,
-    expires_at BIGINT
-"""
-"""Asking for the length of a value would read it; so there is a column for it."""
-_NO_KV = """
-SELECT NULL::VARCHAR AS keyspace, NULL::VARCHAR AS shard, NULL::BLOB AS key,
-    NULL::VARCHAR AS key_text, NULL::BLOB AS value, NULL::VARCHAR AS value_text,
-    NULL::BIGINT AS epoch, NULL::BIGINT AS seq, NULL::BIGINT AS expires_at WHERE false
-"""
-_KV_OF_SHARD = """
-SELECT {keyspace}, {shard}, key, TRY(decode(key)), value, TRY(decode(value)), epoch, seq, expires_at
-FROM state.{table}
-"""
-_OPLOG_VIEW = """
-CREATE OR REPLACE VIEW memory.main.oplog AS
-SELECT marks.keyspace, oplog.shard, oplog.epoch, seq, make_timestamp_ms(oplog.time_ms) AS time, op,
-    key, TRY(decode(key)) AS key_text, value, TRY(decode(value)) AS value_text, client,
-    client || ':' || oplog.number AS request_id, txn_id, trace_id, outcome
-FROM state.oplog JOIN state.marks ON marks.shard = oplog.shard
-"""
 
 
 class NoMemory(DiskFull):
@@ -123,6 +90,8 @@ class StateFile:
         """Marks of what was told to be folded."""
         self.longest: dict[str, int] = {}
         """Per shard, a length that none of its values exceeds."""
+        self.is_hashed = False
+        """The oplog's key_hash is what this version of DuckDB computes."""
         try:
             _clear(directory)
             if not self.path.exists():
@@ -177,7 +146,7 @@ class StateFile:
 
     @property
     def _attach_statement(self) -> str:
-        return f"ATTACH {_quoted(str(self.path))} AS state"
+        return f"ATTACH {_quoted(str(self.path))} AS state (ROW_GROUP_SIZE {ROW_GROUP_ROWS})"
 
     def _check(self, incarnation: str) -> None:
         meta = dict(self._instance.execute("SELECT name, value FROM state.meta").fetchall())
@@ -195,6 +164,8 @@ class StateFile:
                 f"{self.path} belongs to another log than the one beside it; start with --rebuild "
                 "to make it anew"
             )
+        sample = self._instance.execute(f"SELECT {SAMPLE_HASH}").fetchall()[0][0]
+        self.is_hashed = meta.get("key_hash") == str(sample)
 
     def _drop_unfinished(self) -> None:
         """A snapshot that did not come to its end is nothing."""
@@ -233,7 +204,7 @@ class StateFile:
 
         def create(db: DuckDBPyConnection) -> None:
             for shard, table in added.items():
-                db.execute(f"CREATE TABLE state.{table.name} ({_KV_COLUMNS})")
+                db.execute(f"CREATE TABLE state.{table.name} ({KV_COLUMNS})")
                 mark = "INSERT INTO state.marks VALUES (?, ?, ?, 0, 0, 0, 0, 0, '[]')"
                 db.execute(mark, [shard, table.number, table.keyspace])
 
@@ -245,9 +216,9 @@ class StateFile:
         with self._guard:
             if self._viewed is self.tables:
                 return
-            tables, parts = self.tables, [_NO_KV]
+            tables, parts = self.tables, [NO_KV]
             parts += [
-                _KV_OF_SHARD.format(
+                KV_OF_SHARD.format(
                     keyspace=_quoted(table.keyspace), shard=_quoted(shard), table=table.name
                 )
                 for shard, table in tables.items()
@@ -255,7 +226,7 @@ class StateFile:
             query = " UNION ALL ".join(parts)
             with self._instance.cursor() as cursor:
                 cursor.execute(f"CREATE OR REPLACE VIEW memory.main.kv AS {query}")
-                cursor.execute(_OPLOG_VIEW)
+                cursor.execute(OPLOG_VIEW)
             self._viewed = tables
 
     def wal_bytes(self) -> int:
@@ -347,11 +318,11 @@ def _create(directory: Path, incarnation: str) -> None:
     new = directory / f"{STATE_NAME}.new"
     with duckdb.connect(":memory:") as db:
         db.execute(f"ATTACH {_quoted(str(new))} AS state")
-        db.execute(_SCHEMA)
+        db.execute(SCHEMA)
         db.execute(
-            "INSERT INTO state.meta VALUES ('format_version', ?), ('incarnation', ?)",
-            [str(FORMAT_VERSION), incarnation],
-        )
+            "INSERT INTO state.meta VALUES ('format_version', ?), ('incarnation', ?), "
+            f"('key_hash', {SAMPLE_HASH})", [str(FORMAT_VERSION), incarnation],
+        )  # fmt: skip
         db.execute("CHECKPOINT state")
         db.execute("DETACH state")
     new.rename(path)

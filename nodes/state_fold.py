@@ -1,15 +1,16 @@
 """Writing one fold: everything it carries, and the mark, in one transaction.
 
-Rows reach DuckDB as Arrow tables over its C interface. Their columns are built from whole lists, and what is the same
-for a batch is one run of its column, because this holds the interpreter that the event loop needs as well. Each source
-is registered once and hands out what is current, as Python variables are out of reach of a locked instance.
+Rows reach DuckDB as Arrow tables over its C interface, and Python does as little for a row as it can, because it holds
+the interpreter that the event loop needs as well: columns are built from whole lists, a piece at a time; what is the
+same for a batch, or counts up in it, is one run of a column; the rest is SQL's to compute. The records are not built
+at all: they are the operations that are the newest of their keys. Each source is registered once and hands out what is
+current, as Python variables are out of reach of a locked instance.
 """
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import pyarrow as pa
 
@@ -18,6 +19,7 @@ from bus_kv.protocol.batch import APPLIED, KIND_NAMES
 from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.entry import applied_count
 from nodes.state_file import transaction
+from nodes.state_schema import key_hash
 from nodes.state_snapshot import clear_shard, largest_in_chunk, write_chunk
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 OPERATION_BYTES = 64
 """What an operation takes in the oplog beside its key and value."""
+PIECE_ROWS = 8192
+"""Operations whose columns are built at once."""
 OUTCOME_NAMES = ("refused", "created", "replaced", "deleted", "absent")
 """By the outcomes that stand in the log."""
 
@@ -42,21 +46,24 @@ def _name() -> Any:
     return pa.dictionary(pa.uint8(), pa.string())
 
 
-_RECORDS = pa.schema(
-    {
-        "key": pa.binary(), "value": pa.binary(), "value_bytes": pa.int32(), "epoch": pa.int64(),
-        "seq": pa.int64(), "expires_at": pa.int64(),
-    }
-)  # fmt: skip
+_NEWEST = pa.schema({"seq": pa.int64()})
 _DELETED = pa.schema({"key": pa.binary()})
 _OPERATIONS = pa.schema(
     {
-        "epoch": _run(pa.int64()), "seq": pa.int64(), "time_ms": _run(pa.int64()), "op": _name(),
-        "key": pa.binary(), "key_hash": pa.uint32(), "value": pa.binary(),
-        "client": _run(pa.string()), "number": pa.uint64(), "request_index": pa.uint32(),
-        "outcome": _name(),
+        "place": pa.int32(), "begin": _run(pa.int32()), "epoch": _run(pa.int64()),
+        "first_seq": _run(pa.int64()), "time_ms": _run(pa.int64()), "op": _name(),
+        "key": pa.binary(), "value": pa.binary(), "expires_at": pa.int64(),
+        "client": _run(pa.string()), "first_number": _run(pa.uint64()),
+        "request_index": _run(pa.uint32()), "outcome": _name(),
     }
 )  # fmt: skip
+"""`place` counts the rows of a piece; `begin`, `first_seq` and `first_number` are those of the run's first row."""
+_RUNS = (
+    pa.int32(), pa.int64(), pa.uint64(), pa.uint32(), pa.int64(), pa.int64(), pa.string()
+)  # fmt: skip
+"""begin, first_seq, first_number, request_index, epoch, time_ms, client."""
+_PLACES = pa.array(range(2 * PIECE_ROWS), pa.int32())
+
 _REQUESTS = pa.schema(
     {
         "client": pa.string(), "first": pa.uint64(), "last": pa.uint64(), "numbers": pa.binary(),
@@ -65,22 +72,26 @@ _REQUESTS = pa.schema(
     }
 )  # fmt: skip
 
-_UPSERT = """
-INSERT INTO state.{table} SELECT * FROM records ON CONFLICT (key) DO UPDATE SET
+_SEQ = "first_seq + (place - begin)"
+_LOGGED = f"""
+epoch, {_SEQ}, time_ms, op, key, {key_hash("key")}, value, client,
+first_number + (place - begin)::UBIGINT, request_index, NULL, NULL
+"""
+_UPSERT = f"""
+INSERT INTO state.{{table}}
+SELECT key, value, octet_length(value), epoch, {_SEQ}, expires_at FROM operations
+WHERE {_SEQ} IN (SELECT seq FROM newest)
+ON CONFLICT (key) DO UPDATE SET
     value = excluded.value, value_bytes = excluded.value_bytes, epoch = excluded.epoch,
     seq = excluded.seq, expires_at = excluded.expires_at
 """
 _DELETE = "DELETE FROM state.{table} USING deleted WHERE {table}.key = deleted.key"
-_LOG = """
-INSERT INTO state.oplog SELECT ?, epoch, seq, time_ms, op, key, key_hash, value, client, number,
-    request_index, NULL, NULL, outcome FROM operations
-"""
-_LOG_ROLLED_BACK = """
-INSERT INTO state.oplog SELECT $shard, epoch, seq, time_ms, op, key, key_hash, value, client, number,
-    request_index, NULL, NULL, 'rolled_back' FROM rolled_back AS told
+_LOG = f"INSERT INTO state.oplog SELECT ?, {_LOGGED}, outcome FROM operations"
+_LOG_ROLLED_BACK = f"""
+INSERT INTO state.oplog SELECT $shard, {_LOGGED}, 'rolled_back' FROM rolled_back AS told
 WHERE NOT EXISTS (
     SELECT 1 FROM state.oplog
-    WHERE oplog.shard = $shard AND oplog.epoch = told.epoch AND oplog.seq = told.seq
+    WHERE oplog.shard = $shard AND oplog.epoch = told.epoch AND oplog.seq = {_SEQ}
 )
 """
 """Several replicas may have had it, and each tells it."""
@@ -114,7 +125,7 @@ class FoldWriter:
     def __init__(self, cursor: DuckDBPyConnection) -> None:
         self._cursor = cursor
         self._sources = {
-            "records": _Source(_RECORDS), "deleted": _Source(_DELETED),
+            "newest": _Source(_NEWEST), "deleted": _Source(_DELETED),
             "operations": _Source(_OPERATIONS), "requests": _Source(_REQUESTS),
             "rolled_back": _Source(_OPERATIONS),
         }  # fmt: skip
@@ -124,7 +135,7 @@ class FoldWriter:
     def write(self, fold: Fold, table: ShardTable) -> int:
         """All of it or nothing; the bytes of its operations. Raises duckdb.Error."""
         rows = {
-            "records": _records(fold.records), "deleted": _deleted(fold.records),
+            "newest": _newest(fold.records), "deleted": _deleted(fold.records),
             "operations": _operations(fold.batches), "requests": _requests(fold.batches),
             "rolled_back": _operations(_each_once(fold.rolled_back)),
         }  # fmt: skip
@@ -141,8 +152,10 @@ class FoldWriter:
         operations, mark = self._sources["operations"].rows, fold.mark
         if self._sources["rolled_back"].rows.num_rows:
             db.execute(_LOG_ROLLED_BACK, {"shard": fold.shard})
-        if self._sources["records"].rows.num_rows:
-            db.execute(_UPSERT.format(table=table.name))
+        if self._sources["newest"].rows.num_rows:
+            written = db.execute(_UPSERT.format(table=table.name)).fetchall()[0][0]
+            newest = self._sources["newest"].rows.num_rows
+            assert written == newest, "F1: what is written are the newest of the operations"
         if self._sources["deleted"].rows.num_rows:
             db.execute(_DELETE.format(table=table.name))
         if operations.num_rows:
@@ -192,13 +205,8 @@ def set_mark(db: DuckDBPyConnection, shard: str, mark: Mark) -> None:
     db.execute(_MARK, [mark.epoch, mark.last, mark.time_ms, *rest])
 
 
-def _records(records: dict[bytes, Record | None]) -> Any:
-    keys = [key for key, record in records.items() if record is not None]
-    live = [record for record in records.values() if record is not None]
-    # Not zip(*live): it makes an iterator per record, and the collector runs over all of them.
-    columns: list[list[Any]] = [[record[at] for record in live] for at in range(4)]
-    columns.insert(1, [*map(len, columns[0])])
-    return _table(_RECORDS, [keys, *columns])
+def _newest(records: dict[bytes, Record | None]) -> Any:
+    return _table(_NEWEST, [[record[2] for record in records.values() if record is not None]])
 
 
 def _deleted(records: dict[bytes, Record | None]) -> Any:
@@ -210,38 +218,75 @@ def _each_once(batches: Iterable[LoggedBatch]) -> list[LoggedBatch]:
 
 
 def _operations(batches: Iterable[LoggedBatch]) -> Any:
-    """The applied operations, a row each; of a batch that was applied as it is, nothing is looked at one by one."""
-    kinds, outcomes = bytearray(), bytearray()
-    seqs: list[int] = []
-    keys: list[bytes] = []
-    values: list[bytes | None] = []
-    numbers: list[int | None] = []
-    indexes: list[int] = []
-    runs: list[tuple[int, int, int, str | None]] = []
+    """The applied operations, a row each."""
+    pieces, piece = [], _Piece()
     for logged in batches:
+        piece.add(logged)
+        if len(piece.keys) >= PIECE_ROWS:
+            pieces.append(piece.rows())
+            piece = _Piece()
+    return pa.Table.from_batches([*pieces, piece.rows()], _OPERATIONS)
+
+
+class _Piece:
+    """Rows of some operations; of a batch that was applied as it is, nothing is looked at one by one."""
+
+    def __init__(self) -> None:
+        self.keys: list[bytes] = []
+        self._values: list[bytes | None] = []
+        self._kinds, self._outcomes = bytearray(), bytearray()
+        self._expires_at: dict[int, int] = {}
+        self._runs: list[tuple[Any, ...]] = []
+        """Where each ends, and what the columns of `_RUNS` have in it."""
+
+    def add(self, logged: LoggedBatch) -> None:
         batch, applied = logged.batch, logged.outcomes
         if applied_count(applied) < len(applied):
             taken = [i for i, outcome in enumerate(applied) if outcome in APPLIED]
             if not taken:
-                continue
+                return
             batch, applied = batch.select(taken), bytes([applied[i] for i in taken])
-        count = len(applied)
-        kinds += batch.kinds
-        outcomes += applied
-        keys += batch.keys
-        values += batch.values or [None] * count
-        seqs += range(logged.first, logged.first + count)
-        numbers += batch.numbers or [None] * count
-        indexes += batch.indexes or [0] * count
-        runs.append((len(keys), logged.epoch, logged.time_ms, batch.client or None))
-    ends, epochs, times_ms, clients = [*zip(*runs, strict=True)] if runs else [()] * 4
-    hashes = [*map(crc32, keys)]
-    columns = [
-        _runs(ends, epochs, pa.int64()), seqs, _runs(ends, times_ms, pa.int64()),
-        _names(kinds, KIND_NAMES), keys, hashes, values, _runs(ends, clients, pa.string()),
-        numbers, indexes, _names(outcomes, OUTCOME_NAMES),
-    ]  # fmt: skip
-    return _table(_OPERATIONS, columns)
+        begin, count = len(self.keys), len(applied)
+        self.keys += batch.keys
+        self._values += batch.values or [None] * count
+        self._kinds += batch.kinds
+        self._outcomes += applied
+        for i, ttl_ms in batch.ttls_ms.items():
+            self._expires_at[begin + i] = logged.time_ms + ttl_ms
+        rest = (logged.epoch, logged.time_ms, batch.client or None)
+        numbers, indexes = batch.numbers, batch.indexes
+        if not numbers or (isinstance(numbers, range) and not indexes):
+            number = numbers[0] if numbers else None
+            self._runs.append((begin + count, begin, logged.first, number, 0, *rest))
+            return
+        for i, number in enumerate(numbers):
+            index = indexes[i] if indexes else 0
+            run = (begin + i + 1, begin + i, logged.first + i, number, index, *rest)
+            self._runs.append(run)
+
+    def rows(self) -> Any:
+        count = len(self.keys)
+        ends, *columns = zip(*self._runs, strict=True) if count else [()] * (1 + len(_RUNS))
+        run_ends = pa.array(ends, pa.int32())
+        begins, seqs, numbers, indexes, epochs, times_ms, clients = [
+            pa.RunEndEncodedArray.from_arrays(run_ends, pa.array(column, type))
+            for column, type in zip(columns, _RUNS, strict=True)
+        ]
+        expires_at = pa.nulls(count, pa.int64())
+        if self._expires_at:
+            expires_at = pa.array([*map(self._expires_at.get, range(count))], pa.int64())
+        return pa.record_batch(
+            [
+                _places(count), begins, epochs, seqs, times_ms,
+                _names(self._kinds, KIND_NAMES), pa.array(self.keys, pa.binary()),
+                pa.array(self._values, pa.binary()), expires_at, clients, numbers, indexes,
+                _names(self._outcomes, OUTCOME_NAMES),
+            ], schema=_OPERATIONS,
+        )  # fmt: skip
+
+
+def _places(count: int) -> Any:
+    return _PLACES.slice(0, count) if count <= len(_PLACES) else pa.array(range(count), pa.int32())
 
 
 def _requests(batches: Iterable[LoggedBatch]) -> Any:
@@ -264,10 +309,6 @@ def pack_numbers(numbers: Sequence[int]) -> bytes:
     if isinstance(numbers, range) and numbers.step == 1:
         return encode_cbor(numbers[0])
     return encode_cbor([*numbers])
-
-
-def _runs(ends: Sequence[int], values: Sequence[Any], type: Any) -> Any:
-    return pa.RunEndEncodedArray.from_arrays(pa.array(ends, pa.int32()), pa.array(values, type))
 
 
 def _names(codes: bytearray, names: Sequence[str]) -> Any:

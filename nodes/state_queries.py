@@ -10,7 +10,6 @@ import contextlib
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
-from zlib import crc32
 
 import cbor2
 import duckdb
@@ -28,6 +27,7 @@ from bus_kv.core.machine import (
     SnapshotRead,
     Unread,
 )
+from nodes.state_schema import key_hash
 from nodes.state_snapshot import read_chunk
 
 if TYPE_CHECKING:
@@ -304,10 +304,11 @@ class Reader:
 
     def _history_of(self, query: HistoryOf) -> list[Row]:
         def piece(after: Row | None, rows_max: int) -> list[Row]:
-            conditions = [
-                "key_hash = ?", "key = ?", "shard = ?", "outcome <> 'rolled_back'"
-            ]  # fmt: skip
-            parameters: list[Any] = [crc32(query.key), query.key, query.shard]
+            conditions = ["key = ?", "shard = ?", "outcome <> 'rolled_back'"]
+            parameters: list[Any] = [query.key, query.shard]
+            if self.file.is_hashed:
+                conditions.append(f"key_hash = {key_hash('?::BLOB')}")
+                parameters.append(query.key)
             before = after[:2] if after else query.before
             if before is not None:
                 conditions.append("(epoch < ? OR epoch = ? AND seq < ?)")

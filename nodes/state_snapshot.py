@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from nodes.state_schema import key_hash
+
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
@@ -130,6 +132,11 @@ def write_chunk(db: DuckDBPyConnection, load: Load, table: ShardTable) -> None:
     # Not within the transaction: what is aborted can only be rolled back.
     db.register("chunk", rows)
     try:
-        db.execute(f"INSERT INTO state.{target} SELECT * FROM chunk")
+        columns = "*"
+        if load.table == "oplog":
+            columns = (
+                f"* REPLACE ({key_hash('key')} AS key_hash)"  # the source may compute another one
+            )
+        db.execute(f"INSERT INTO state.{target} SELECT {columns} FROM chunk")
     finally:
         db.unregister("chunk")

@@ -4,7 +4,7 @@ import logging
 import queue
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,17 @@ class Writer:
         written: dict[bytes, Any] = {}
         for item in batches:
             batch, outcomes = item if isinstance(item, tuple) else (item, _outcomes(item, kv))
+            if expires_at is not None:
+                lives = dict.fromkeys(range(len(batch)), expires_at - time_ms)
+                batch = replace(batch, ttls_ms=lives)
             logged.append(LoggedBatch(batch, outcomes, self.epoch, seq + 1, time_ms))
             for i, outcome in enumerate(outcomes):
                 if outcome in b.APPLIED:
                     seq += 1
-                    put = batch.kinds[i] == b.PUT
+                    put, ttl_ms = batch.kinds[i] == b.PUT, batch.ttls_ms.get(i)
+                    ends_ms = None if ttl_ms is None else time_ms + ttl_ms
                     written[batch.keys[i]] = kv[batch.keys[i]] = (
-                        (batch.values[i], self.epoch, seq, expires_at) if put else None
+                        (batch.values[i], self.epoch, seq, ends_ms) if put else None
                     )
                     self._log(batch, i, outcome, seq, time_ms)
         self.on_disk.kv = {key: record for key, record in kv.items() if record is not None}
@@ -175,7 +179,7 @@ def _request(logged: LoggedBatch) -> tuple[Any, ...]:
 
 
 class RandomWriter(Writer):
-    """Folds of puts and deletes, each determined by the seed and by its place."""
+    """Folds of puts and deletes in every form of a batch, each determined by the seed and by its place."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -183,20 +187,33 @@ class RandomWriter(Writer):
 
     def next_fold(self) -> Fold:
         self.folds += 1
-        randomness = random.Random(f"{self.seed}/{self.folds}")
-        batches = [self._batch(randomness, at) for at in range(randomness.randint(1, 4))]
-        return self.fold(*batches, time_ms=self.folds)
+        return self.fold(*self.next_batches(self.folds), time_ms=self.folds)
 
-    def _batch(self, randomness: random.Random, at: int) -> Batch:
+    def next_batches(self, place: int) -> list[Batch]:
+        randomness = random.Random(f"{self.seed}/{place}")
+        return [self._batch(randomness, place, at) for at in range(randomness.randint(1, 4))]
+
+    def _batch(self, randomness: random.Random, place: int, at: int) -> Batch:
         count = randomness.randint(1, 60)
         kinds = bytes(randomness.choices([b.PUT, b.DELETE], [4, 1], k=count))
         keys = [f"key-{randomness.randrange(400)}".encode() for _ in range(count)]
         values = [randomness.randbytes(randomness.choice([3, 300])) for _ in range(count)]
-        numbers = range(self.folds * 1000 + at * 100, self.folds * 1000 + at * 100 + count)
-        return Batch(
-            kinds, keys, [v if k == b.PUT else None for k, v in zip(kinds, values, strict=True)],
-            f"client-{randomness.randrange(3)}", numbers,
+        batch = Batch(
+            kinds, keys, [v if k == b.PUT else None for k, v in zip(kinds, values, strict=True)]
         )  # fmt: skip
+        if randomness.random() < 0.3:
+            lasting = randomness.sample(range(count), count // 3)
+            batch.ttls_ms = {i: randomness.randint(1, 99) for i in lasting if kinds[i] == b.PUT}
+        first = place * 1000 + at * 100
+        form = randomness.choice(["ascending", "gaps", "one request", "nobody"])
+        if form != "nobody":
+            batch.client = f"client-{randomness.randrange(3)}"
+            batch.numbers = range(first, first + count)
+        if form == "gaps":
+            batch.numbers = sorted(randomness.sample(range(first, first + 100), count))
+        elif form == "one request":
+            batch.numbers, batch.indexes = [first] * count, [*range(count)]
+        return batch
 
 
 def fold_for_ever(directory: Path, seed: int, checkpoint_wal_bytes: int) -> None:

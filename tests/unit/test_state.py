@@ -63,6 +63,13 @@ def test_what_is_folded_is_there(state: State) -> None:
     assert state.contents("s1") == writer.on_disk
 
 
+def test_a_fold_of_many_pieces_is_there(state: State) -> None:
+    writer = RandomWriter(seed=4)
+    batches = [batch for n in range(700) for batch in writer.next_batches(n)]
+    state.do(writer.fold(*batches))
+    assert state.contents("s1") == writer.on_disk
+
+
 def test_it_is_there_after_a_restart(tmp_path: Path) -> None:
     writer = RandomWriter(seed=2)
     for _ in range(2):
@@ -361,8 +368,7 @@ def test_requests_are_found_by_their_numbers(state: State, writer: Writer) -> No
 
 
 def test_history_is_newest_first(state: State, writer: Writer) -> None:
-    key = b"plumless"
-    twin = b"buckeroo"  # the same CRC-32
+    key, twin = b"key", b"twin"
     for n in range(5):
         batch = puts([key, twin], b"%d" % n, client="c", numbers=range(2 * n, 2 * n + 2))
         state.do(writer.fold(batch, time_ms=n))
@@ -376,6 +382,23 @@ def test_history_is_newest_first(state: State, writer: Writer) -> None:
     older = state.ask(HistoryOf(1, "s1", key, (3, 7), 100, MANY_BYTES))
     assert [row[1] for row in older] == [5, 3, 1]
     assert len(state.ask(HistoryOf(1, "s1", key, (3, 7), 100, 2))) == 2
+
+
+def test_history_is_found_although_another_version_of_duckdb_hashed_the_keys(
+    tmp_path: Path,
+) -> None:
+    writer, key = Writer(), b"key"
+    state = State(tmp_path)
+    state.do(writer.fold(puts([key])))
+    state.store.close()
+    with duckdb.connect(str(state.store.path)) as db:
+        db.execute("UPDATE meta SET value = '1' WHERE name = 'key_hash'")
+        db.execute("UPDATE oplog SET key_hash = 1")
+    state = State(tmp_path)
+    state.do(writer.fold(puts([key])))
+    rows = state.ask(HistoryOf(1, "s1", key, None, 10, MANY_BYTES))
+    assert [row[1] for row in rows] == [2, 1]
+    state.store.close()
 
 
 # ---- SQL ----

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bus_kv.core.machine import ClientsOf, Load, Mark, SnapshotRead
+from bus_kv.core.machine import ClientsOf, HistoryOf, Load, Mark, SnapshotRead
 from tests.support.state import RandomWriter, State, Writer, puts
 
 if TYPE_CHECKING:
@@ -56,6 +56,17 @@ def test_everything_of_the_shard_is_there_afterwards(source: State, target: Stat
     assert target.contents("s1") == writer.on_disk
     assert target.contents("s2").kv == {}
     assert sorted(target.ask(ClientsOf(1, "s1"))) == sorted(source.ask(ClientsOf(1, "s1")))
+
+
+def test_the_target_finds_operations_whose_keys_the_source_hashed_otherwise(
+    source: State, target: State
+) -> None:
+    writer = Writer()
+    source.do(writer.fold(puts([b"key"])))
+    with source.store.cursor() as cursor:
+        cursor.execute("UPDATE state.oplog SET key_hash = 1")
+    transfer(source, target, writer.on_disk.mark)
+    assert [row[1] for row in target.ask(HistoryOf(1, "s1", b"key", None, 9, 1000))] == [1]
 
 
 def test_what_was_in_the_target_before_is_gone(source: State, target: State) -> None:
