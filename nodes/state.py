@@ -269,6 +269,7 @@ class StateStore:
                     failure = self._write_until_done(fold)
                     self._rests_ns = self._clock.now_ns() + int(CHECKPOINT_REST_S * SECOND_NS)
                     self._on_event(Answered(fold.ticket, failure=failure))
+                    _let_go(fold)
                 self._look_after()
             if self._file.wal_bytes():
                 self._checkpoint()
@@ -408,6 +409,12 @@ class StateStore:
             self._on_event(Checkpointed({shard: mark.last for shard, mark in marks.items()}))
             return
         self._checkpoint_not_before_ns = self._clock.now_ns() + int(CHECKPOINT_RETRY_S * SECOND_NS)
+
+
+def _let_go(effect: Fold | Load) -> None:
+    """Batch by batch: freeing all of them at once would hold the interpreter as long as many turns."""
+    while isinstance(effect, Fold) and effect.batches:
+        effect.batches.pop()
 
 
 class _Closed(Exception):

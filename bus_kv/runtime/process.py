@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("bus_kv.process")
 
-COLLECTOR_THRESHOLDS = (50_000, 50, 100)
+COLLECTOR_THRESHOLDS = (2_000, 10, 1000)
+"""Often and little at a time: what is young is in the processor's cache, and no pause is longer than a turn."""
 OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
 """Exit codes of every command."""
 

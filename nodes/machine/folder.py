@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bus_kv.core.machine import Fold, LoggedBatch, Mark, Trim
 from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import MILLISECOND_NS
+from nodes.machine.spent import Spent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +78,7 @@ class Folder:
         self._kept: deque[tuple[int, int]] = deque()
         """(last seq, bytes) of entries that the log still has, oldest first."""
         self._kept_bytes = 0
+        self._spent = Spent()
 
     def add(
         self, batches: list[LoggedBatch], rolled_back: list[LoggedBatch], writes: Writes,
@@ -116,7 +118,11 @@ class Folder:
         due_ns = self._since_ns + int(self.interval_ns * self._patience)
         return max(due_ns, self._hold_ns)
 
-    def fold_if_due(self, now_ns: int) -> None:
+    def end_turn(self, now_ns: int) -> None:
+        self._spent.release_some()
+        self._fold_if_due(now_ns)
+
+    def _fold_if_due(self, now_ns: int) -> None:
         """Fold by age or size. After a fold made a read repeat itself that read comes first, while there is room."""
         if self._table.reads_repeated:
             self._table.reads_repeated = False
@@ -139,6 +145,8 @@ class Folder:
             # The newest record of a key may be of an entry behind the mark.
             records = {key: r for entry in taken for key, r in entry.writes.items()}
             self._table.freeze(records, [entry.writes for entry in self._waiting])
+        for entry in taken:
+            self._spent.add(entry.writes)
         fold = Fold(
             0, self._shard, self._keyspace, records,
             [batch for entry in taken for batch in entry.batches], taken[-1].end,
@@ -163,7 +171,7 @@ class Folder:
         self._busy = False
         self.mark = mark
         self.bytes -= folded_bytes
-        self._table.folded()
+        self._spent.add(self._table.folded())
         self._lifetimes.folded(mark.last, mark.time_ms)
         reached = [then for last, then in self._barriers if last <= mark.last]
         self._barriers = [(last, then) for last, then in self._barriers if last > mark.last]

@@ -558,7 +558,7 @@ class Replica:
     def end_turn(self) -> Trim | None:
         """Ask the disk for what was missed in this turn, fold what is due; what the log may forget."""
         self.loader.take_wanted()
-        self.folder.fold_if_due(self.now_ns)
+        self.folder.end_turn(self.now_ns)
         if self.status is Status.ACTIVE:
             self._filter_builder.build_if_needed(self.now_ns)
         self.writer.end_turn()

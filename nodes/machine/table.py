@@ -149,12 +149,13 @@ class Table:
         self.frozen = records
         return records
 
-    def folded(self) -> None:
-        """The fold is on disk: its records are no longer held for it."""
-        self.frozen = {}
+    def folded(self) -> Writes:
+        """The fold is on disk: its records, which are no longer held for it."""
+        folded, self.frozen = self.frozen, {}
         self.folds += 1
         if self.order is None or not self.order.complete:
             self._order_unfolded()
+        return folded
 
     def _order_unfolded(self) -> None:
         self._order, self._ordered = SortedList(), set()

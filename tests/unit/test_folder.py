@@ -53,7 +53,7 @@ class Folding:
         self.last = entry.mark.last
 
     def next_fold(self) -> tuple[Fold, Any] | None:
-        self.folder.fold_if_due(1 << 62)
+        self.folder.end_turn(1 << 62)
         return self.asked.pop() if self.asked else None
 
 
@@ -94,7 +94,7 @@ def test_a_key_that_is_deleted_in_several_folds_is_gone_at_the_end() -> None:
         folder.add(entry.batches, [], entry.records, entry.mark, 2, 0)
     disk: dict[bytes, Any] = {}
     for _ in range(4):
-        folder.fold_if_due(1 << 62)
+        folder.end_turn(1 << 62)
         fold, then = asked.pop()
         assert fold.records.keys() == {b"k"}
         disk |= fold.records
@@ -134,7 +134,7 @@ def test_members_fold_in_turn(per_second: int) -> None:
         now_ns = seq * SECOND_NS // 100
         for folder in folders:
             folder.add([], [], {}, Mark(1, seq), per_second // 100, now_ns)
-            folder.fold_if_due(now_ns)
+            folder.end_turn(now_ns)
         assert len(asked) <= 1, "nobody else at this moment"
         for at, then in asked:
             order.append(at)
@@ -156,7 +156,7 @@ def folded_log(**knobs: int) -> Folder:
     )  # fmt: skip
     for seq in (1, 2, 3):
         folder.add([], [], {}, Mark(1, seq), 10, 0)
-    folder.fold_if_due(1 << 62)
+    folder.end_turn(1 << 62)
     [(_, then)] = asked
     then([], None)
     return folder
