@@ -45,7 +45,9 @@ FORMAT_VERSION = 2
 LOG_NAME = "log.sqlite"
 LOCK_NAME = "LOCK"
 STALL_RETRY_S = 0.2
-TRIM_ENTRIES = 8
+TRIM_BYTES, TRIM_ENTRIES = 256 << 10, 16
+"""Entries are deleted when so much, or so many, were added: a deletion is a commit, and what is appended waits."""
+TRIM_ENTRIES_MIN = 8
 ONE_STATEMENT_ENTRIES_MAX = 100
 """A group of up to this many entries is one INSERT, a transaction by itself. Every call into SQLite lets go of the
 interpreter and has to get it back from a busy event loop; one call does that once."""
@@ -108,6 +110,8 @@ class NodeLog:
         self._reads: deque[LogRead | CutsRead] = deque()
         self._trims: dict[str, int] = {}
         """Shard -> seq up to which its entries may go."""
+        self._added = self._added_bytes = 0
+        """Entries since some were deleted, while there are some to delete."""
         self._filled = threading.Condition()
         self._closing = False
         self._thread = NamedThread(target=self._work, name="log", daemon=True)
@@ -287,7 +291,7 @@ class NodeLog:
                 if group:
                     self._commit_until_done(group)
                     self._on_event(AppendCompleted(group[-1].ticket))
-                    self._trim_some(sum(len(append.entries) for append in group))
+                    self._trim_if_due(group)
                 for read in reads:
                     self._on_event(self._answer(read))
             except DiskError as error:
@@ -306,11 +310,17 @@ class NodeLog:
                     raise DiskError(f"{self.path}: closed while the disk was full")
                 self._filled.wait(STALL_RETRY_S)
 
-    def _trim_some(self, added: int) -> None:
+    def _trim_if_due(self, group: list[Append]) -> None:
         """Delete a few more entries than were added: soon none is left to delete, and no commit waits long for it."""
         if not self._trims:
             return
-        count = 2 * added + TRIM_ENTRIES
+        rows = [row for append in group for row in append.entries if isinstance(row, EntryRow)]
+        self._added += len(rows)
+        self._added_bytes += sum([len(row.body) for row in rows])
+        if self._added < TRIM_ENTRIES and self._added_bytes < TRIM_BYTES:
+            return
+        count = 2 * self._added + TRIM_ENTRIES_MIN
+        self._added = self._added_bytes = 0
         for shard, last in [*self._trims.items()]:
             try:
                 deleted = self._db.execute(
