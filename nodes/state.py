@@ -34,7 +34,7 @@ from nodes.state_file import (
     is_refused,
     set_aside,
 )
-from nodes.state_fold import FoldWriter, largest_value
+from nodes.state_fold import FoldWriter
 from nodes.state_queries import CLIENTS, Reader
 from nodes.state_retention import Retention
 
@@ -140,7 +140,7 @@ class StateStore:
         self._folded_bytes = 0
         """Of operations, since the last checkpoint."""
         self._retention_due_ns = 0
-        self._writer = FoldWriter(self._file.cursor())
+        self._writer = FoldWriter(self._file.cursor(), self._file.expect)
         self._reader = Reader(self._file)
         self._folds: _Inbox[Fold | Load] = _Inbox(FOLDS_MAX)
         self._queries: _Inbox[PointQuery] = _Inbox(QUERIES_MAX)
@@ -286,7 +286,6 @@ class StateStore:
         told, done, failure = "", False, None
         while not done:
             try:
-                self._file.expect(effect.shard, largest_value(effect))
                 self._write(effect)
                 done = True
             except (pa.ArrowException, KeyError, TypeError, ValueError) as error:

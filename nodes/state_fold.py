@@ -13,8 +13,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from bus_kv.core.machine import Fold, Load
 from bus_kv.protocol.batch import APPLIED, KIND_NAMES
 from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.entry import applied_count
@@ -23,11 +23,11 @@ from nodes.state_schema import key_hash
 from nodes.state_snapshot import clear_shard, largest_in_chunk, write_chunk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from duckdb import DuckDBPyConnection
 
-    from bus_kv.core.machine import LoggedBatch, Mark, Record
+    from bus_kv.core.machine import Fold, Load, LoggedBatch, Mark
     from nodes.state_file import ShardTable
 
 OPERATION_BYTES = 64
@@ -122,8 +122,9 @@ class _Source:
 class FoldWriter:
     """Writes folds over a cursor of its own."""
 
-    def __init__(self, cursor: DuckDBPyConnection) -> None:
-        self._cursor = cursor
+    def __init__(self, cursor: DuckDBPyConnection, expect: Callable[[str, int], None]) -> None:
+        """`expect` is told, before values are written, of which shard and how long they are at most."""
+        self._cursor, self._expect = cursor, expect
         self._sources = {
             "newest": _Source(_NEWEST), "deleted": _Source(_DELETED),
             "operations": _Source(_OPERATIONS), "requests": _Source(_REQUESTS),
@@ -134,11 +135,17 @@ class FoldWriter:
 
     def write(self, fold: Fold, table: ShardTable) -> int:
         """All of it or nothing; the bytes of its operations. Raises duckdb.Error."""
+        live = [record for record in fold.records.values() if record is not None]
+        gone: list[bytes] = []
+        if len(live) < len(fold.records):
+            gone = [key for key, record in fold.records.items() if record is None]
         rows = {
-            "newest": _newest(fold.records), "deleted": _deleted(fold.records),
-            "operations": _operations(fold.batches), "requests": _requests(fold.batches),
+            "newest": _table(_NEWEST, [[record[2] for record in live]]),
+            "deleted": _table(_DELETED, [gone]), "operations": _operations(fold.batches),
+            "requests": _requests(fold.batches),
             "rolled_back": _operations(_each_once(fold.rolled_back)),
         }  # fmt: skip
+        self._expect(fold.shard, _longest(rows["operations"]["value"]))
         for name, source in self._sources.items():
             source.rows = rows[name]
         try:
@@ -170,6 +177,7 @@ class FoldWriter:
         """Write a chunk of a snapshot, or begin or end it. Raises duckdb.Error."""
 
         if load.table:
+            self._expect(load.shard, largest_in_chunk(load))
             return write_chunk(self._cursor, load, table)
 
         def write(db: DuckDBPyConnection) -> None:
@@ -192,25 +200,13 @@ def _bytes(operations: Any) -> int:
     return int(data_bytes + OPERATION_BYTES * operations.num_rows)
 
 
-def largest_value(effect: Fold | Load) -> int:
-    """Bytes of the largest value that it writes."""
-    if isinstance(effect, Load):
-        return largest_in_chunk(effect)
-    sizes = [len(record[0]) for record in effect.records.values() if record is not None]
-    return max(sizes, default=0)
+def _longest(values: Any) -> int:
+    return int(pc.max(pc.binary_length(values)).as_py() or 0)
 
 
 def set_mark(db: DuckDBPyConnection, shard: str, mark: Mark) -> None:
     rest = [mark.keys, mark.data_bytes, json.dumps(mark.lineage), shard]
     db.execute(_MARK, [mark.epoch, mark.last, mark.time_ms, *rest])
-
-
-def _newest(records: dict[bytes, Record | None]) -> Any:
-    return _table(_NEWEST, [[record[2] for record in records.values() if record is not None]])
-
-
-def _deleted(records: dict[bytes, Record | None]) -> Any:
-    return _table(_DELETED, [[key for key, record in records.items() if record is None]])
 
 
 def _each_once(batches: Iterable[LoggedBatch]) -> list[LoggedBatch]:
@@ -269,7 +265,10 @@ class _Piece:
         ends, *columns = zip(*self._runs, strict=True) if count else [()] * (1 + len(_RUNS))
         run_ends = pa.array(ends, pa.int32())
         begins, seqs, numbers, indexes, epochs, times_ms, clients = [
-            pa.RunEndEncodedArray.from_arrays(run_ends, pa.array(column, type))
+            # Not from_arrays: with its checks it takes forty times as long.
+            pa.Array.from_buffers(
+                _run(type), count, [None], 0, 0, [run_ends, pa.array(column, type)]
+            )
             for column, type in zip(columns, _RUNS, strict=True)
         ]
         expires_at = pa.nulls(count, pa.int64())
@@ -315,7 +314,7 @@ def _names(codes: bytearray, names: Sequence[str]) -> Any:
     """A text column of which `codes` are the positions in `names`."""
     buffer = pa.py_buffer(bytes(codes))
     positions = pa.Array.from_buffers(pa.uint8(), len(codes), [None, buffer])
-    return pa.DictionaryArray.from_arrays(positions, pa.array(names, pa.string()))
+    return pa.DictionaryArray.from_arrays(positions, pa.array(names, pa.string()), safe=False)
 
 
 def _table(schema: Any, columns: Sequence[Any]) -> Any:

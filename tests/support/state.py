@@ -47,7 +47,11 @@ class State:
             pass
 
     def do(self, effect: Any) -> Answered:
-        self.store.submit(effect)
+        if isinstance(effect, Fold):
+            # The store lets the batches go when they are on disk.
+            self.store.submit(replace(effect, batches=[*effect.batches]))
+        else:
+            self.store.submit(effect)
         event = self.next_event()
         assert isinstance(event, Answered), event
         assert event.ticket == effect.ticket
