@@ -137,8 +137,8 @@ class Knobs:
     """Longest pause of the Python client before it sends a message again."""
     client_window_messages: int = 4
     """Messages in flight per shard and kind; while they are, calls gather in the next message."""
-    client_fill_operations: int = 32
-    """While messages of a lane are in flight, the next one holds this many at least."""
+    client_fill_operations: int = 256
+    """While messages of a lane are in flight, the next one holds this many at least, unless an answer is late."""
     client_batch_operations_max: int = 2000
     client_pending_operations_max: int = 200_000
     """Calls waiting in one client; past it OVERLOADED at once."""

@@ -115,6 +115,10 @@ class Lane:
     again: list[Operation] = field(default_factory=list)
     in_flight: int = 0
     operations_in_flight: int = 0
+    usual_ns: int = 0
+    """How long answers take."""
+    late_ns: int = 0
+    """From when on that of the newest message is late; 0 once that has been seen."""
 
     @property
     def id(self) -> tuple[str, bool, str, bool]:
@@ -137,6 +141,7 @@ class Sent:
     lane: Lane
     columns: Columns
     numbers: Sequence[int]
+    sent_ns: int
     give_up_ns: int
     suspect_ns: int
     """When the primary is suspected of being gone."""

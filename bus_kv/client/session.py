@@ -3,8 +3,8 @@
 Theory of operation. `submit` gives every operation its own request number and puts it into a lane: one per shard, level
 and kind (reads never wait for writes). A turn sends what its lanes hold, so operations that were submitted together
 travel together and a lone one leaves at once. While messages of a lane are in flight, the next leaves when it is worth
-it (`client_fill_operations`) and the window allows. A message that fails or stays unanswered puts its
-operations back, numbers kept: the shard recognizes a repeat, so an operation takes effect once, however often sent.
+it (`client_fill_operations`) or an answer is late, and the window allows. A message that fails or stays unanswered puts
+its operations back, numbers kept: the shard recognizes a repeat, so an operation takes effect once, however often sent.
 Gets at ONE go to any replica first, and to the primary when that one has no answer.
 
 The routes follow the changes that coordinators announce. Where these cannot be heard, answers tell that there are newer
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 
 ROUTES_NEW_NS = 100 * MILLISECOND_NS
 """Routes that were told so lately are not asked for again."""
+LATE_NS_MIN = 5 * MILLISECOND_NS
+"""An answer that takes longer than this, and twice as long as usual, is late."""
 SETTLE_NS = 5 * MILLISECOND_NS
 """How long after a change of the map what waits is sent again."""
 _by_number = attrgetter("number")
@@ -247,7 +249,7 @@ class Session:
             return
         while lane.again and self._may_send_again(lane, route):
             self._send_again(lane, route, now_ns)
-        while lane.waiting.keys and self._may_send(lane, route):
+        while lane.waiting.keys and self._may_send(lane, route, now_ns):
             self._send_new(lane, route, now_ns)
 
     @property
@@ -263,6 +265,7 @@ class Session:
             candidates.append(self._fetch_ns)
         working = [lane for lane in self._lanes.values() if lane.has_work]
         candidates += [lane.next_deadline_ns for lane in working]
+        candidates += [lane.late_ns for lane in working if lane.in_flight and lane.late_ns]
         candidates += [o.deadline_ns for o in self._unrouted[:1]]
         return min(candidates, default=None)
 
@@ -277,8 +280,11 @@ class Session:
         while self._paused and self._paused[0][0] <= now_ns:
             self._route(heapq.heappop(self._paused)[2], now_ns)
         self._unrouted = self._drop_late(self._unrouted, now_ns)
-        for lane in self._lanes.values():
-            if lane.has_work and lane.next_deadline_ns <= now_ns:
+        for lane in [lane for lane in self._lanes.values() if lane.has_work]:
+            if lane.late_ns <= now_ns:
+                lane.late_ns = 0
+                self._dirty[lane] = None
+            if lane.next_deadline_ns <= now_ns:
                 lane.again = self._drop_late(self._all_waiting(lane), now_ns)
 
     # ---- routing ----
@@ -360,23 +366,25 @@ class Session:
             return False
         return lane.in_flight < self._knobs.client_window_messages
 
-    def _may_send(self, lane: Lane, route: Route) -> bool:
-        """At once when nothing is in flight; else only what is worth a message, so that small ones do not pile up.
+    def _may_send(self, lane: Lane, route: Route, now_ns: int) -> bool:
+        """At once when nothing is in flight; else what is worth a message, and anything when an answer is late.
 
-        That is half of what is in flight: however many callers there are, their calls come to travel in two or three
-        messages, so that the nodes work on one while the client works on another.
+        A message costs all who handle it together as much as dozens of operations: few and large ones are cheap. But
+        it is half of what is in flight, once that is worth one, so that the nodes work on one while the client works
+        on the other. And what holds up the answer to one is no reason for others to wait.
         """
         if not self._may_send_again(lane, route):
             return False
         worth = max(lane.operations_in_flight // 2, self._knobs.client_fill_operations)
-        return not lane.in_flight or len(lane.waiting.keys) >= worth
+        is_due = not lane.in_flight or now_ns >= lane.late_ns
+        return is_due or len(lane.waiting.keys) >= worth
 
     def _send_new(self, lane: Lane, route: Route, now_ns: int) -> None:
         """Send what waits for its first attempt, as much as one message takes."""
         waiting, count = lane.waiting, len(lane.waiting)
         if not lane.in_flight:
             half = -(-count // 2)  # the other one follows
-            count = max(half, self._knobs.client_fill_operations)
+            count = half if half >= self._knobs.client_fill_operations else count
         columns, lane.waiting = waiting.split(self._cut(waiting, count))
         numbers = range(self._number + 1, self._number + 1 + len(columns))
         self._number = numbers[-1]
@@ -411,10 +419,11 @@ class Session:
         give_up_ns = now_ns + attempt_ms * MILLISECOND_NS
         suspect_ns = now_ns + self._knobs.suspect_after_ms * MILLISECOND_NS
         self._sent[correlation] = Sent(
-            lane, columns, numbers, give_up_ns, suspect_ns, route.epoch, node, again=again
+            lane, columns, numbers, now_ns, give_up_ns, suspect_ns, route.epoch, node, again=again
         )
         lane.in_flight += 1
         lane.operations_in_flight += len(columns)
+        lane.late_ns = now_ns + max(LATE_NS_MIN, 2 * lane.usual_ns)
         self._primaries.on_sent(node)
         if self._primaries.is_silent(node):
             self._lanes[lane.id] = self._lanes.pop(lane.id)
@@ -433,6 +442,7 @@ class Session:
                 self._suspect(sent.lane.shard, "no responders", now_ns)
             failure = ShardUnavailable(f"nobody serves shard {sent.lane.shard}")
             return self._all_again(sent, failure, now_ns)
+        sent.lane.usual_ns += (now_ns - sent.sent_ns - sent.lane.usual_ns) // 8
         fields = decode_cbor(body)
         if "batch" not in fields:
             return self._all_again(sent, from_body(fields), now_ns)

@@ -151,10 +151,9 @@ class Driver:
                 reads.append(effect)  # what it asks for may be in the append
             else:
                 await self._perform(effect)
+        if ready.effects:
+            self._bus.send()  # from here on the log's thread wants the interpreter, too
         if ready.append is not None:
-            # What was published leaves first: from then on the log's thread wants the interpreter, too.
-            if ready.effects:
-                await asyncio.sleep(0)
             self._disk.append(ready.append)
         for read in reads:
             self._disk.read(read)

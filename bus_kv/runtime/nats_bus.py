@@ -74,15 +74,77 @@ class CredentialsRefused(BusError):
     """The server is there and does not let us in."""
 
 
-class _Strict(NatsClient):
-    """Refuses to go on in clear text when TLS was asked for: nats-py alone would send the credentials unprotected."""
+class _Client(NatsClient):
+    """nats-py, with a shorter way in and out: its own leads over queues and tasks, which cost a message as much as all
+    that is done with it. And it refuses to go on in clear text when TLS was asked for: nats-py alone would send the
+    credentials unprotected."""
 
     wants_tls = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._listeners: dict[int, OnMessage] = {}
+        self._writer: Any = None
+        self._will_write = False
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if self.wants_tls and initial_connection and not info.get("tls_required"):
             raise SecureConnWantedError
         await super()._process_info(info, initial_connection)
+
+    # ---- in ----
+
+    def deliver_to(self, sid: int, on_message: OnMessage) -> None:
+        """Call the listener of a subscription as soon as a message is read."""
+        self._listeners[sid] = on_message
+
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        on_message = self._listeners.get(sid)
+        if on_message is None:
+            return await super()._process_msg(sid, subject, reply, data, headers)
+        if sid not in self._subs:
+            del self._listeners[sid]
+            return None
+        self.stats["in_msgs"] += 1
+        self.stats["in_bytes"] += len(data)
+        header = await self._process_headers(headers) if headers else None
+        try:
+            await on_message(self._build_message(sid, subject, reply, data, header))
+        except Exception as error:
+            await self._error_cb(error)
+
+    # ---- out ----
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        """What is published leaves when whoever runs is done, if nobody has called `write` before."""
+        if force_flush:
+            return await super()._flush_pending(force_flush=True)
+        if not self._will_write:
+            self._will_write = True
+            asyncio.get_running_loop().call_soon(self.write)
+        return None
+
+    def write(self) -> None:
+        """Hand what was published to the socket, now. What that does not take is nats-py's to send."""
+        self._will_write = False
+        if not self._pending_data_size:
+            return
+        writer = getattr(self._transport, "_io_writer", None)
+        if (
+            self.is_connected
+            and writer is not None
+            and not writer.transport.get_write_buffer_size()
+        ):
+            if writer is not self._writer:
+                # Else the loop would keep it until it has nothing else to do.
+                writer.transport.set_write_buffer_limits(high=0)
+                self._writer = writer
+            pending, self._pending, self._pending_data_size = self._pending, [], 0
+            writer.writelines(pending)
+        elif self._flush_queue is not None and self._flush_queue.empty():
+            self._flush_queue.put_nowait(asyncio.Future())
 
 
 class NatsBus:
@@ -94,7 +156,7 @@ class NatsBus:
         self._options = options
         self._on_restored = on_restored or (lambda: None)
         self._inbox = f"{options.inbox_prefix}.{secrets.token_hex(8)}"
-        self._client: NatsClient = NatsClient()
+        self._client = _Client()
         self._subscriptions: dict[Subscription, None] = {}
         self._reopening: asyncio.Task[None] | None = None
         self._opened = self._closing = False
@@ -104,7 +166,7 @@ class NatsBus:
 
         Raises BusUnreachable when nobody answers in time, CredentialsRefused as soon as a server says no.
         """
-        client, errors = _Strict(), list[Exception]()
+        client, errors = _Client(), list[Exception]()
         client.wants_tls = self._options.uses_tls
 
         async def on_first_error(error: Exception) -> None:
@@ -140,7 +202,7 @@ class NatsBus:
         client._error_cb = self._on_error  # the only way to be quiet after opening
         self._client, self._opened = client, True
 
-    async def _abandon(self, client: NatsClient) -> None:
+    async def _abandon(self, client: _Client) -> None:
         client._closed_cb = None  # this client never was ours
         client._error_cb = self._on_error
         with contextlib.suppress(TimeoutError, NatsError, OSError):
@@ -227,6 +289,10 @@ class NatsBus:
             log.error("%d bytes are too many for one message to %s: not sent", len(body), subject)
         except (NatsError, OSError) as error:
             log.debug("not sent to %s: %r", subject, error)
+
+    def send(self) -> None:
+        """What was published leaves now, not when the loop has nothing else to do."""
+        self._client.write()
 
     async def subscribe(
         self, subject: str, on_message: OnMessage, queue: str = "", is_optional: bool = False
@@ -334,11 +400,12 @@ class Subscription:
         self.is_optional = is_optional
         self._handle: NatsSubscription | None = None
 
-    async def start(self, client: NatsClient) -> None:
+    async def start(self, client: _Client) -> None:
         self._handle = await client.subscribe(
             self._subject, self._queue, cb=self._on_message,
             pending_msgs_limit=SUBSCRIPTION_MESSAGES_MAX, pending_bytes_limit=1 << 30,
         )  # fmt: skip
+        client.deliver_to(self._handle._id, self._on_message)
 
     def is_named_in(self, error: Exception) -> bool:
         """Whether the server refused this very subject; nats-py tells its words in small letters."""

@@ -149,13 +149,13 @@ class Backup:
             self._ahead_bytes = 0
 
     def acknowledge(self) -> None:
-        """Tell the primary what is durable of what matches; commit as far as it has said (R1, R2)."""
+        """Tell the primary what is durable of what matches; commit as far as it has said, after that (R1, R2)."""
         replica = self._replica
         if replica.status is not Status.FOLLOWING or replica.durable_promise != replica.promised:
             return
         match = min(self._matched, replica.durable_seq)
-        replica.commit(min(self._primary_commit, match))
-        if replica.commit_seq >= self._primary_commit:
+        replica.commit_soon(min(self._primary_commit, match))
+        if match >= self._primary_commit:
             self.fresh_ns = max(self.fresh_ns, self._told_ns)
         epoch, token = replica.promised
         answer = {

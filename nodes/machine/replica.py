@@ -107,6 +107,8 @@ class Replica:
         """No log reaches back to where this one ends, and a member must not throw its own away: only as a learner."""
         self.tail = Tail((mark.epoch, mark.last))
         self.commit_seq = mark.last
+        self._committed_seq = mark.last
+        """Known to be committed: applied in the next turn, when what this one says has left."""
         self.durable_seq = mark.last
         self.time_ms = mark.time_ms
         """Log time at the end of the log."""
@@ -293,6 +295,7 @@ class Replica:
         self._row_changed = True  # what it knows to be ACTIVE, the disk remembers (R10)
         self._on_opened = None
         self._progress()
+        self.settle()
         assert self.commit_seq >= self.replication.opening, "R5: reads begin at the opening entry"
 
     # ---- who may ask ----
@@ -395,7 +398,7 @@ class Replica:
             for node in question[0]:
                 self.ports.tell(node, question[1])
         return self.replication.take_messages(
-            self.now_ns, self.last, self.commit_seq, self.sizes.entry
+            self.now_ns, self.last, self._committed_seq, self.sizes.entry
         )
 
     def on_durable(self) -> None:
@@ -432,15 +435,15 @@ class Replica:
             return
         # Not beyond the own disk: the state must never hold more than the log beside it.
         seq = min(replication.quorum(replication.match), self.durable_seq)
-        if seq > self.commit_seq and seq >= replication.opening:
-            self.commit(seq)
+        if seq >= replication.opening:
+            self.commit_soon(seq)
         if self._ones:
             self._ones.release(self.durable_seq, ANY_ROUND)
         if self._writes:
-            self._writes.release(self.commit_seq, ANY_ROUND)
+            self._writes.release(self._committed_seq, ANY_ROUND)
         if self._reads:
-            self._reads.release(self.commit_seq, replication.quorum(replication.rounds))
-        all_seq = min(self.commit_seq, replication.all(replication.match))
+            self._reads.release(self._committed_seq, replication.quorum(replication.rounds))
+        all_seq = min(self._committed_seq, replication.all(replication.match))
         if all_seq > self.everywhere_seq and len(replication.shard.members) >= self.members_for_all:
             self.everywhere_seq = replication.everywhere = all_seq
         if self._alls:
@@ -507,14 +510,21 @@ class Replica:
 
     # ---- what is committed ----
 
-    def commit(self, seq: int) -> None:
-        """Everything up to `seq` is committed: apply it and have it folded."""
-        for segment in self.tail.take_committed(seq):
+    def commit_soon(self, seq: int) -> None:
+        """Everything up to `seq` is committed. Who waits for that is told first; it is applied before anybody looks."""
+        self._committed_seq = max(self._committed_seq, seq)
+
+    def settle(self) -> None:
+        """Apply what is committed, and have it folded."""
+        if self._committed_seq == self.commit_seq:
+            return
+        for segment in self.tail.take_committed(self._committed_seq):
             segment.decode()
             if not segment.remembered:
                 self.writer.remember(segment.logged)
             self._apply(segment)
             self.commit_seq = segment.last
+        self._committed_seq = self.commit_seq
 
     def _apply(self, segment: Segment) -> None:
         table = self.table
@@ -573,6 +583,7 @@ class Replica:
         is_leading = replication is not None and self.status is not Status.OPENING
         return min(
             self._ones.next_ns, self._writes.next_ns, self._reads.next_ns, self._alls.next_ns,
+            self.now_ns + 1 if self._committed_seq > self.commit_seq else NEVER_NS,
             self.writer.next_ns(), self.folder.next_ns(), self.pull.next_ns(), self.cuts.next_ns(),
             self.expiry.next_ns() if is_active else NEVER_NS,
             replication.next_ns() if replication is not None and is_leading else NEVER_NS,

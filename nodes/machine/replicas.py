@@ -42,9 +42,10 @@ class Replicas:
         return self._held[shard]
 
     def touch(self, shard: str) -> None:
-        """Something has come for this replica, or it is about to be changed."""
+        """Something has come for this replica, or it is about to be changed: what is committed is applied by then."""
         self._touched.add(shard)
         self._unplanned.setdefault(shard, False)
+        self._held[shard].settle()
 
     def values(self) -> ValuesView[Replica]:
         """All of them, to be read only."""

@@ -62,6 +62,7 @@ class Writer:
 
         An answer that cannot be given by `deadline_ns` is a failure, OUTCOME_UNKNOWN once something was appended.
         """
+        self._replica.settle()  # whoever sends one from an answer comes before the next touch
         reads = batch.kinds.count(b.GET) == len(batch)
         refusal = self._refusal(batch, epoch) or (None if reads else self._overload())
         if refusal is not None:

@@ -148,7 +148,7 @@ def commit_seq_beyond_the_match(monkeypatch: pytest.MonkeyPatch) -> None:
     def bold(self: Backup) -> None:
         replica = self._replica
         if replica.status is Status.FOLLOWING:
-            replica.commit(min(self._primary_commit, replica.durable_seq))
+            replica.commit_soon(min(self._primary_commit, replica.durable_seq))
         acknowledge(self)
 
     monkeypatch.setattr(Backup, "acknowledge", bold)
@@ -261,7 +261,7 @@ def older_epochs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.replication is not None
         if self.status in (Status.OPENED, Status.ACTIVE):
             count = self.replication.quorum(self.replication.match)
-            self.commit(min(count, self.durable_seq))
+            self.commit_soon(min(count, self.durable_seq))
         honest(self)
 
     honest = Replica._progress

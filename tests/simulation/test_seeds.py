@@ -84,16 +84,16 @@ def ack_before_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dedup_lost_at_takeover(monkeypatch: pytest.MonkeyPatch) -> None:
     """A node knows only the requests that it has decided itself, not those of the log that it received or replayed."""
-    monkeypatch.setattr(Replica, "commit", forgetful_commit)
+    monkeypatch.setattr(Replica, "settle", forgetful_settle)
 
 
-def forgetful_commit(self: Replica, seq: int) -> None:
+def forgetful_settle(self: Replica) -> None:
     for segment in self.tail.segments:
         segment.remembered = True
-    honest_commit(self, seq)
+    honest_settle(self)
 
 
-honest_commit = Replica.commit
+honest_settle = Replica.settle
 
 
 def requests_on_disk_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

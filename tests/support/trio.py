@@ -72,7 +72,10 @@ class Trio:
         return Node(name, replica, tells=tells, calls=calls, asked=asked, events=events)
 
     def __getitem__(self, name: str) -> Replica:
-        return self.nodes[name].replica
+        """As in the next turn."""
+        replica = self.nodes[name].replica
+        replica.settle()
+        return replica
 
     # ---- configurations ----
 

@@ -41,7 +41,7 @@ class Patient:
 
 async def test_what_has_come_meanwhile_is_heard_before_a_deadline_that_has_passed() -> None:
     machine = Patient(Clock().now_ns() + 10_000_000)
-    driver = Driver(machine, cast("Any", SimpleNamespace()), Clock(), inbox_messages_max=10)
+    driver = Driver(machine, cast("Any", SimpleNamespace(send=lambda: None)), Clock(), inbox_messages_max=10)
     reading, writing = os.pipe()
 
     async def hand_on() -> None:
@@ -84,6 +84,8 @@ class Restless(Patient):
 
 class Hasty:
     """A bus that tells what it is asked for, in order, and has the next turn begin at once."""
+
+    def send(self) -> None: ...
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -128,13 +130,16 @@ class Writing(Patient):
 
 
 class Recording:
-    """A bus and a log; what is published leaves in a later pass of the loop, as with NATS."""
+    """A bus and a log; what is published leaves when that is asked for."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
 
     async def publish(self, *_: Any, headers: None) -> None:
-        asyncio.get_running_loop().call_soon(self.done.append, "left")
+        self.done.append("published")
+
+    def send(self) -> None:
+        self.done.append("left")
 
     def append(self, append: Append) -> None:
         self.done.append(f"append {append.ticket}")
@@ -151,4 +156,4 @@ async def test_entries_leave_for_the_others_before_the_own_disk_has_them() -> No
     )
     driver.wake()
     await driver.run()
-    assert both.done == ["left", "append 1", "read s1"]
+    assert both.done == ["published", "left", "append 1", "read s1"]

@@ -99,6 +99,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.log += [entry for entry in rows if isinstance(entry, EntryRow)]
         if rows or row:
             self.replica.on_durable()
+        self.replica.settle()
         trim = self.replica.end_turn()
         if trim is not None:
             assert trim.last <= self.disk.mark.last, "the log was cut before the fold"

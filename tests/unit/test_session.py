@@ -6,7 +6,7 @@ import pytest
 
 from bus_kv.client.calls import NoCoordinator
 from bus_kv.client.results import Entry, Receipt
-from bus_kv.client.session import Session
+from bus_kv.client.session import LATE_NS_MIN, Session
 from bus_kv.core.machine import Publish, Received, Request, Responded
 from bus_kv.errors import (
     BusKVError,
@@ -114,9 +114,12 @@ def found_all(request: Request) -> dict[str, Any]:
 # ---- coalescing ----
 
 
-@pytest.mark.parametrize("callers", [64, 200, 256, 300, 1000])
-def test_calls_of_any_number_of_callers_travel_in_two_messages(callers: int) -> None:
+@pytest.mark.parametrize(
+    "messages", [[64], [200], [256], [300], [500, 500]], ids=lambda messages: sum(messages)
+)
+def test_calls_travel_in_one_message_or_in_two_large_ones(messages: list[int]) -> None:
     """So that the nodes work on one while the client works on the other, round after round."""
+    callers = sum(messages)
     client = Client()
 
     def ask(count: int) -> list[Request]:
@@ -125,12 +128,12 @@ def test_calls_of_any_number_of_callers_travel_in_two_messages(callers: int) -> 
         return client.sent()
 
     under_way = ask(callers)
-    assert [*map(count_in, under_way)] == [callers // 2] * 2
+    assert [*map(count_in, under_way)] == messages
     for _ in range(10):
         answered = under_way.pop(0)
         client.answer(answered, found_all(answered))
         under_way += ask(count_in(answered))  # each caller has its next question
-        assert [*map(count_in, under_way)] == [callers // 2] * 2
+        assert [*map(count_in, under_way)] == messages
 
 
 def test_few_calls_wait_for_those_that_are_under_way() -> None:
@@ -153,9 +156,34 @@ def test_calls_that_trickle_in_leave_as_soon_as_they_are_worth_a_message() -> No
             client.session.submit(b.GET, b"k", None, "get", client.now_ns)
         return [*map(count_in, client.sent())]
 
-    assert ask(200) == [100, 100]
-    assert [ask(1) for _ in range(99)] == [[]] * 99
-    assert ask(1) == [100]
+    fill = Knobs().client_fill_operations
+    assert ask(2 * fill) == [fill, fill]
+    assert [ask(1) for _ in range(fill - 1)] == [[]] * (fill - 1)
+    assert ask(1) == [fill]
+
+
+def test_few_calls_leave_when_an_answer_is_late() -> None:
+    """A message that waits for a disk, say, is no reason for others to wait."""
+    client, patience_ms = Client(), LATE_NS_MIN // MILLISECOND_NS
+    slow = client.get("quorum")
+    client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+    assert client.session.next_deadline_ns() == client.now_ns + LATE_NS_MIN
+    assert client.later(patience_ms - 1) == []
+    (quick,) = client.later(1)
+    for message in (quick, slow):
+        client.answer(message, found_all(message))
+
+
+def test_what_is_usual_is_not_late() -> None:
+    client, usual_ms = Client(), 40
+    for _ in range(50):
+        request = client.get("quorum")
+        client.later(usual_ms)
+        client.answer(request, found_all(request))
+    client.get("quorum")
+    client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+    assert client.later(usual_ms) == []
+    assert len(client.later(usual_ms)) == 1
 
 
 # ---- a primary that is silent ----
@@ -388,10 +416,10 @@ def test_a_primary_that_answers_others_is_not_suspected() -> None:
     slow = client.put()
     client.later(Knobs().suspect_after_ms - 1)
     client.session.submit_many(
-        b.PUT, [b"m"] * 200, [b"v"] * 200, [*range(200)], client.now_ns, "default", None, None
+        b.PUT, [b"m"] * 300, [b"v"] * 300, [*range(300)], client.now_ns, "default", None, None
     )
     (quick, *_) = client.sent()
-    reply = BatchReply(bytes([b.CREATED]) * 200, 3, 42)
+    reply = BatchReply(bytes([b.CREATED]) * 300, 3, 42)
     client.answer(quick, {"batch": reply.to_wire()})
     client.later(1)
     assert suspects_of(client) == []
