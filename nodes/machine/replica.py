@@ -148,6 +148,9 @@ class Replica:
         self._handed: deque[tuple[int, int, tuple[int, str]]] = deque()
         """(last seq, cuts, promise) of what the log is making durable."""
         self.durable_promise = (0, "")
+        self._soon: list[Callable[[], None]] = []
+        self._due: list[Callable[[], None]] = []
+        """What to do when what this turn says has left; and what to do now that it has."""
         self._cuts = 0
         self._on_opened: Callable[[], None] | None = None
         self._ones, self._writes, self._reads, self._alls = (Waiters() for _ in range(4))
@@ -458,12 +461,22 @@ class Replica:
         queue = {"one": self._ones, "quorum": self._writes, "all": self._alls}[consistency]
         queue.add(Waiting(self.last[1], 0, deadline_ns, respond, reply, False))
 
+    def begin_round(self, consistency: str) -> int:
+        """Have the members confirm at the end of this turn; the number of the round, 0 when a read needs none."""
+        replication = self.replication
+        if consistency == "one" or replication is None or len(replication.shard.members) == 1:
+            return 0
+        return replication.want_round(of_all=consistency == "all")
+
     def answer_read(
         self, consistency: str, deadline_ns: int, respond: Callable[[Any], None], reply: Any,
-        seq: int, is_read: bool = True,
+        seq: int, is_read: bool = True, round: int = 0,
     ) -> None:  # fmt: skip
         """Answer once `seq` is committed and so many members have confirmed, in a round that begins after now, that no
-        later epoch can have begun (R5). `is_read` False: the answer tells of a write's outcome."""
+        later epoch can have begun (R5); or in `round`, which `begin_round` gave to the request.
+
+        `is_read` False: the answer tells of a write's outcome.
+        """
         if consistency == "one":
             return respond(reply)
         replication = self.replication
@@ -476,7 +489,7 @@ class Replica:
             self._writes.add(Waiting(seq, 0, deadline_ns, respond, reply, is_read))
             return None
         queue = self._alls if consistency == "all" else self._reads
-        round = replication.want_round(of_all=consistency == "all")
+        round = round or replication.want_round(of_all=consistency == "all")
         queue.add(Waiting(seq, round, deadline_ns, respond, reply, is_read))
         return None
 
@@ -514,10 +527,25 @@ class Replica:
         """Everything up to `seq` is committed. Who waits for that is told first; it is applied before anybody looks."""
         self._committed_seq = max(self._committed_seq, seq)
 
+    def soon(self, work: Callable[[], None]) -> None:
+        """Do it when what this turn says has left."""
+        self._soon.append(work)
+
+    def leave(self) -> None:
+        """What this turn says is about to leave: what was to be done soon is due."""
+        self._due += self._soon
+        self._soon = []
+
     def settle(self) -> None:
-        """Apply what is committed, and have it folded."""
-        if self._committed_seq == self.commit_seq:
-            return
+        """Before anything else in a turn: apply what is committed and have it folded; do what was to be done soon."""
+        if self._committed_seq > self.commit_seq:
+            self._commit()
+        if self._due:
+            due, self._due = self._due, []
+            for work in due:
+                work()
+
+    def _commit(self) -> None:
         for segment in self.tail.take_committed(self._committed_seq):
             segment.decode()
             if not segment.remembered:
@@ -567,6 +595,7 @@ class Replica:
 
     def end_turn(self) -> Trim | None:
         """Ask the disk for what was missed in this turn, fold what is due; what the log may forget."""
+        self.leave()
         self.loader.take_wanted()
         self.folder.end_turn(self.now_ns)
         if self.status is Status.ACTIVE:
@@ -583,7 +612,7 @@ class Replica:
         is_leading = replication is not None and self.status is not Status.OPENING
         return min(
             self._ones.next_ns, self._writes.next_ns, self._reads.next_ns, self._alls.next_ns,
-            self.now_ns + 1 if self._committed_seq > self.commit_seq else NEVER_NS,
+            self.now_ns + 1 if self._due or self._committed_seq > self.commit_seq else NEVER_NS,
             self.writer.next_ns(), self.folder.next_ns(), self.pull.next_ns(), self.cuts.next_ns(),
             self.expiry.next_ns() if is_active else NEVER_NS,
             replication.next_ns() if replication is not None and is_leading else NEVER_NS,
@@ -596,7 +625,7 @@ class Replica:
     @property
     def is_waiting(self) -> bool:
         """Whether an answer waits for the log, for other replicas or for the disk."""
-        return self.waiting_count > 0 or self.writer.is_waiting
+        return self.waiting_count > 0 or self.writer.is_waiting or bool(self._soon or self._due)
 
     def on_deadline(self, now_ns: int) -> None:
         for queue in self._queues:

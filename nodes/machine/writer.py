@@ -55,18 +55,27 @@ class Writer:
     # ---- a batch ----
 
     def submit(
-        self, batch: Batch, raw: bytes, epoch: int | None, deadline_ns: int, respond: Respond,
-        disk: DiskRuns | None = None,
-    ) -> None:  # fmt: skip
+        self, batch: Batch, raw: bytes, epoch: int | None, deadline_ns: int, respond: Respond
+    ) -> None:
         """Answer a checked batch; `epoch` None: gets that any replica may answer.
 
         An answer that cannot be given by `deadline_ns` is a failure, OUTCOME_UNKNOWN once something was appended.
         """
         self._replica.settle()  # whoever sends one from an answer comes before the next touch
-        reads = batch.kinds.count(b.GET) == len(batch)
+        reads = _is_read(batch)
         refusal = self._refusal(batch, epoch) or (None if reads else self._overload())
         if refusal is not None:
             return respond(refusal)
+        round = self._replica.begin_round(batch.consistency) if reads else 0
+        judge = partial(self._judge, batch, raw, epoch, deadline_ns, respond, round=round)
+        # The members confirm while the answer is made.
+        return self._replica.soon(judge) if round else judge()
+
+    def _judge(
+        self, batch: Batch, raw: bytes, epoch: int | None, deadline_ns: int, respond: Respond,
+        disk: DiskRuns | None = None, round: int = 0,
+    ) -> None:  # fmt: skip
+        reads = _is_read(batch)
         again = partial(self._resume, batch, raw, epoch, deadline_ns, respond)
         if reads and len(self._parked) > self._knobs.calls_max:
             return respond(Overloaded(f"{self._shard} has too many reads under way"))
@@ -83,7 +92,7 @@ class Writer:
             return self._park(len(raw), deadline_ns, respond, fetch, partial(again, disk=disk))
         self._replica.operations += len(batch)
         if reads:
-            return self._read(batch, records, deadline_ns, respond)
+            return self._read(batch, records, deadline_ns, respond, round)
         return self._write(batch, raw, records, disk, deadline_ns, respond)
 
     @property
@@ -117,14 +126,17 @@ class Writer:
         return None
 
     def _read(
-        self, batch: Batch, records: list[Known | None], deadline_ns: int, respond: Respond
-    ) -> None:
+        self, batch: Batch, records: list[Known | None], deadline_ns: int, respond: Respond,
+        round: int,
+    ) -> None:  # fmt: skip
         """Answer gets from what is committed now, once this is known to be the newest (R5)."""
         replica = self._replica
         reply = read_reply(records, replica.sizes.entry)
         if batch.consistency == "one":
             reply.read = (replica.tail.base[0], replica.commit_seq, replica.age_ms)
-        replica.answer_read(batch.consistency, deadline_ns, respond, reply, replica.commit_seq)
+        replica.answer_read(
+            batch.consistency, deadline_ns, respond, reply, replica.commit_seq, round=round
+        )
 
     def _write(
         self, batch: Batch, raw: bytes, records: list[Known | None], disk: DiskRuns | None,
@@ -180,10 +192,15 @@ class Writer:
             return None
         if isinstance(fetched, str):
             return respond(self._not_fetched(fetched))
+        refusal = self._refusal(batch, epoch)
+        if refusal is None and not _is_read(batch):
+            refusal = self._overload()
+        if refusal is not None:
+            return respond(refusal)
         if isinstance(fetched, DiskRuns):
-            return self.submit(batch, raw, epoch, deadline_ns, respond, fetched)
+            return self._judge(batch, raw, epoch, deadline_ns, respond, fetched)
         with self.having(fetched):
-            self.submit(batch, raw, epoch, deadline_ns, respond, disk)
+            self._judge(batch, raw, epoch, deadline_ns, respond, disk)
         return None
 
     @contextmanager
@@ -300,6 +317,10 @@ class Writer:
             respond = self._unpark(park)
             assert respond is not None
             respond(self._not_fetched("its disk does not answer"))
+
+
+def _is_read(batch: Batch) -> bool:
+    return batch.kinds.count(b.GET) == len(batch)
 
 
 def _fail_all(reply: BatchReply, reason: str) -> None:

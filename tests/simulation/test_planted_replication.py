@@ -192,11 +192,11 @@ def read_without_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def at_once(
         self: Replica, level: str, deadline_ns: int, respond: Callable, reply: Any, seq: int,
-        is_read: bool = True,
+        is_read: bool = True, round: int = 0,
     ) -> None:  # fmt: skip
         if is_read:
             return respond(reply)
-        return answer_read(self, level, deadline_ns, respond, reply, seq, is_read)
+        return answer_read(self, level, deadline_ns, respond, reply, seq, is_read, round)
 
     answer_read = Replica.answer_read
     monkeypatch.setattr(Replica, "answer_read", at_once)

@@ -41,7 +41,9 @@ class Patient:
 
 async def test_what_has_come_meanwhile_is_heard_before_a_deadline_that_has_passed() -> None:
     machine = Patient(Clock().now_ns() + 10_000_000)
-    driver = Driver(machine, cast("Any", SimpleNamespace(send=lambda: None)), Clock(), inbox_messages_max=10)
+    driver = Driver(
+        machine, cast("Any", SimpleNamespace(send=lambda: None)), Clock(), inbox_messages_max=10
+    )
     reading, writing = os.pipe()
 
     async def hand_on() -> None:
