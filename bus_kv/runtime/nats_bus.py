@@ -131,19 +131,21 @@ class _Client(NatsClient):
         self._will_write = False
         if not self._pending_data_size:
             return
-        writer = getattr(self._transport, "_io_writer", None)
-        if (
-            self.is_connected
-            and writer is not None
-            and not writer.transport.get_write_buffer_size()
-        ):
-            if writer is not self._writer:
-                # Else the loop would keep it until it has nothing else to do.
-                writer.transport.set_write_buffer_limits(high=0)
-                self._writer = writer
-            pending, self._pending, self._pending_data_size = self._pending, [], 0
-            writer.writelines(pending)
-        elif self._flush_queue is not None and self._flush_queue.empty():
+        writer: Any = getattr(self._transport, "_io_writer", None)
+        try:
+            if writer and self.is_connected and not writer.transport.get_write_buffer_size():
+                if writer is not self._writer:
+                    # Else the loop would keep it until it has nothing else to do.
+                    writer.transport.set_write_buffer_limits(high=0)
+                    self._writer = writer
+                pending, self._pending, self._pending_data_size = self._pending, [], 0
+                writer.writelines(pending)
+                return
+        except (OSError, RuntimeError) as error:
+            # The connection is lost, which nats-py will notice; so is what was sent just before.
+            log.debug("not sent: %r", error)
+            return
+        if self._flush_queue is not None and self._flush_queue.empty():
             self._flush_queue.put_nowait(asyncio.Future())
 
 

@@ -209,11 +209,11 @@ def test_a_primary_that_tells_without_confirmation_is_caught(
 
     def answer(
         self: Replica, consistency: str, deadline_ns: int, respond: Callable[[Any], None],
-        reply: Any, seq: int, is_read: bool = True,
+        reply: Any, seq: int, is_read: bool = True, round: int = 0,
     ) -> None:  # fmt: skip
         if reply is None:
             return respond(None)
-        return honest(self, consistency, deadline_ns, respond, reply, seq, is_read)
+        return honest(self, consistency, deadline_ns, respond, reply, seq, is_read, round)
 
     monkeypatch.setattr(Replica, "answer_read", answer)
     assert {*story()} == {"rolled_back", "primary"}
