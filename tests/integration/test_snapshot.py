@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from tests.support.cluster import cluster_on, until
+from tests.support.recorded import entries_in_log
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,11 +88,19 @@ async def leave_behind(cluster: Cluster, node: str) -> None:
         return not await is_member(cluster, node)
 
     await until(is_out, 30)
-    for first in range(0, COUNT, 500):
+    for first in range(0, COUNT, 20):
         puts = [
-            {"op": "put", "key": f"k{i:05}", "value": f"v{i}"} for i in range(first, first + 500)
+            {"op": "put", "key": f"k{i:05}", "value": f"v{i}"} for i in range(first, first + 20)
         ]
         await cluster.until_ok("batch", ops=puts)
+
+    async def is_trimmed() -> bool:
+        for _ in range(20):  # logs forget when they write
+            await cluster.until_ok("put", key="k00000", value="v0")
+        others = [other for other in ("n1", "n2", "n3") if other != node]
+        return all(entries_in_log(cluster.data(other))[1] > COUNT // 2 for other in others)
+
+    await until(is_trimmed)
 
 
 async def is_member(cluster: Cluster, node: str) -> bool:

@@ -62,8 +62,9 @@ def test_a_turn_misses_nothing_of_the_replicas_that_it_does_not_look_at(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def look_at_all(self: Replicas) -> list[Replica]:
-        for replica in self.values():
-            self.touch(replica.shard.id)
+        shards = [replica.shard.id for replica in self.values()]
+        self._touched.update(shards)
+        self._unplanned = dict.fromkeys(shards, False) | self._unplanned
         return take_touched(self)
 
     digest, take_touched = run(seed).digest, Replicas.take_touched
