@@ -138,7 +138,7 @@ class Knobs:
     client_window_messages: int = 4
     """Messages in flight per shard and kind; while they are, calls gather in the next message."""
     client_fill_operations: int = 256
-    """While messages of a lane are in flight, the next one holds this many at least, unless an answer is late."""
+    """While messages are in flight, the next one holds this many (gets: half), unless an answer is late."""
     client_batch_operations_max: int = 2000
     client_pending_operations_max: int = 200_000
     """Calls waiting in one client; past it OVERLOADED at once."""

@@ -375,16 +375,20 @@ class Session:
         """
         if not self._may_send_again(lane, route):
             return False
-        worth = max(lane.operations_in_flight // 2, self._knobs.client_fill_operations)
+        worth = max(lane.operations_in_flight // 2, self._fill(lane))
         is_due = not lane.in_flight or now_ns >= lane.late_ns
         return is_due or len(lane.waiting.keys) >= worth
+
+    def _fill(self, lane: Lane) -> int:
+        """How many operations are worth a message; one of gets costs less, as it makes no entry."""
+        return self._knobs.client_fill_operations // (2 if lane.reads else 1)
 
     def _send_new(self, lane: Lane, route: Route, now_ns: int) -> None:
         """Send what waits for its first attempt, as much as one message takes."""
         waiting, count = lane.waiting, len(lane.waiting)
         if not lane.in_flight:
             half = -(-count // 2)  # the other one follows
-            count = half if half >= self._knobs.client_fill_operations else count
+            count = half if half >= self._fill(lane) else count
         columns, lane.waiting = waiting.split(self._cut(waiting, count))
         numbers = range(self._number + 1, self._number + 1 + len(columns))
         self._number = numbers[-1]
