@@ -90,11 +90,11 @@ class Knobs:
     """Clients whose last request number is remembered after the window has passed."""
     cache_bytes: int = 256 << 20
     """Bound of what a node's cache holds in memory (`--cache-mb`); what is older is read from disk."""
-    fold_interval_ms: int = 2000
+    fold_interval_ms: int = 4000
     """Committed operations go to disk at least this often; more seldom on a node of more than ten replicas."""
     reads_first_ms: int = 1000
     """After a fold made a read from disk repeat itself, the next one waits this long for it."""
-    fold_bytes: int = 16 << 20
+    fold_bytes: int = 32 << 20
     """They go earlier once their batches have this many bytes."""
     unfolded_bytes_max: int = 128 << 20
     """Committed and not yet in the state, per shard; past it OVERLOADED at once."""

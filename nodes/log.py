@@ -53,7 +53,7 @@ ONE_STATEMENT_ENTRIES_MAX = 100
 interpreter and has to get it back from a busy event loop; one call does that once."""
 CUTS_BYTES_MAX = 256 << 20
 """What was cut is kept until the shard's primary has written it down, but not more than this; the oldest goes first."""
-CHECKPOINT_PAGES = 4096
+CHECKPOINT_PAGES = 1024
 """WAL pages after which SQLite copies them into the database file; larger means rarer and longer stalls."""
 
 _MAP_SHARDS = """

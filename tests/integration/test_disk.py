@@ -25,12 +25,12 @@ async def templates(
 ) -> AsyncIterator[dict[str, Path]]:
     """Data directories of node n1 with KEYS keys: one of a process that was stopped, one of a killed one.
 
-    Nothing is folded, so a start reads every entry of the log.
+    Nothing is folded, so a start reads every entry of the log; that is still all in the write-ahead log of SQLite.
     """
     folder = tmp_path_factory.mktemp("template")
     async with cluster_on(nats_url, folder, nodes=1, fold_interval_ms=NEVER_MS) as cluster:
         for i in range(KEYS):
-            await cluster.bus.ok("put", key=f"key-{i}", value="v" * 2000)
+            await cluster.bus.ok("put", key=f"key-{i}", value="v" * 500)
         cluster.kill("n1")
         shutil.copytree(cluster.data("n1"), folder / "killed")
         cluster.restart("n1")
