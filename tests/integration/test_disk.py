@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from tests.support.cluster import POLL_S, Cluster, cluster_on
 
-KEYS = 300
+KEYS = 200
 LOG = "log.sqlite"
 NEVER_MS = 10**13
 """Longer than the epoch is old: what a start has read from the log counts as waiting since then."""
@@ -30,7 +30,7 @@ async def templates(
     folder = tmp_path_factory.mktemp("template")
     async with cluster_on(nats_url, folder, nodes=1, fold_interval_ms=NEVER_MS) as cluster:
         for i in range(KEYS):
-            await cluster.bus.ok("put", key=f"key-{i}", value="v" * 500)
+            await cluster.bus.ok("put", key=f"key-{i}", value="v" * 2000)
         cluster.kill("n1")
         shutil.copytree(cluster.data("n1"), folder / "killed")
         cluster.restart("n1")

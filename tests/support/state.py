@@ -143,6 +143,8 @@ class Writer:
                     self._log(batch, i, outcome, seq, time_ms)
         self.on_disk.kv = {key: record for key, record in kv.items() if record is not None}
         self.on_disk.requests += [_request(item) for item in logged if item.batch.client]
+        # As they are read: a batch of which nothing was applied begins where the next one does.
+        self.on_disk.requests.sort(key=lambda row: (row[4], row[5], row[0], row[1]))
         data_bytes = sum(len(key) + len(record[0]) for key, record in self.on_disk.kv.items())
         mark = Mark(self.epoch, seq, time_ms, len(self.on_disk.kv), data_bytes)
         self.on_disk.mark = mark

@@ -61,6 +61,7 @@ fold_for_ever(Path(args[0]), int(args[1]), int(args[2]))
 def test_a_killed_process_leaves_whole_folds(tmp_path: Path) -> None:
     randomness = random.Random(os.environ.get("SEED", "kill"))
     data, seed, last = tmp_path / "data", randomness.randrange(1000), 0
+    data.mkdir()
     for round in range(ROUNDS):
         acknowledged = max(last, kill_while_it_folds(data, seed, randomness.randrange(25)))
         # A copy is looked at, so that the next process finds what the killed one left.
