@@ -47,7 +47,7 @@ LOCK_NAME = "LOCK"
 STALL_RETRY_S = 0.2
 TRIM_BYTES, TRIM_ENTRIES = 256 << 10, 16
 """Entries are deleted when so much, or so many, were added: a deletion is a commit, and what is appended waits."""
-TRIM_ENTRIES_MIN = 8
+TRIM_ENTRIES_MORE = 8
 ONE_STATEMENT_ENTRIES_MAX = 100
 """A group of up to this many entries is one INSERT, a transaction by itself. Every call into SQLite lets go of the
 interpreter and has to get it back from a busy event loop; one call does that once."""
@@ -319,7 +319,7 @@ class NodeLog:
         self._added_bytes += sum([len(row.body) for row in rows])
         if self._added < TRIM_ENTRIES and self._added_bytes < TRIM_BYTES:
             return
-        count = 2 * self._added + TRIM_ENTRIES_MIN
+        count = 2 * self._added + TRIM_ENTRIES_MORE
         self._added = self._added_bytes = 0
         for shard, last in [*self._trims.items()]:
             try:

@@ -166,6 +166,9 @@ class StateFile:
             )
         sample = self._instance.execute(f"SELECT {SAMPLE_HASH}").fetchall()[0][0]
         self.is_hashed = meta.get("key_hash") == str(sample)
+        if not self.is_hashed and "key_hash" in meta:
+            # From now on the file has hashes of both, so the other version cannot rely on its own either.
+            self.do(lambda db: db.execute("DELETE FROM state.meta WHERE name = 'key_hash'"))
 
     def _drop_unfinished(self) -> None:
         """A snapshot that did not come to its end is nothing."""

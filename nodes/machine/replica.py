@@ -531,7 +531,7 @@ class Replica:
         """Do it when what this turn says has left."""
         self._soon.append(work)
 
-    def leave(self) -> None:
+    def make_due(self) -> None:
         """What this turn says is about to leave: what was to be done soon is due."""
         self._due += self._soon
         self._soon = []
@@ -595,7 +595,7 @@ class Replica:
 
     def end_turn(self) -> Trim | None:
         """Ask the disk for what was missed in this turn, fold what is due; what the log may forget."""
-        self.leave()
+        self.make_due()
         self.loader.take_wanted()
         self.folder.end_turn(self.now_ns)
         if self.status is Status.ACTIVE:

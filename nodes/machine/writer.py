@@ -62,11 +62,10 @@ class Writer:
         An answer that cannot be given by `deadline_ns` is a failure, OUTCOME_UNKNOWN once something was appended.
         """
         self._replica.settle()  # whoever sends one from an answer comes before the next touch
-        reads = _is_read(batch)
-        refusal = self._refusal(batch, epoch) or (None if reads else self._overload())
+        refusal = self._refusal(batch, epoch)
         if refusal is not None:
             return respond(refusal)
-        round = self._replica.begin_round(batch.consistency) if reads else 0
+        round = self._replica.begin_round(batch.consistency) if _is_read(batch) else 0
         judge = partial(self._judge, batch, raw, epoch, deadline_ns, respond, round=round)
         # The members confirm while the answer is made.
         return self._replica.soon(judge) if round else judge()
@@ -110,7 +109,7 @@ class Writer:
         end = replica.shard.end
         if min(tokens) < replica.shard.start or (end is not None and max(tokens) >= end):
             return WrongShard(f"a key lies outside {self._shard}; read the map")
-        return None
+        return None if _is_read(batch) else self._overload()
 
     def _overload(self) -> BusKVError | None:
         """The bounds of what waits for the log."""
@@ -193,8 +192,6 @@ class Writer:
         if isinstance(fetched, str):
             return respond(self._not_fetched(fetched))
         refusal = self._refusal(batch, epoch)
-        if refusal is None and not _is_read(batch):
-            refusal = self._overload()
         if refusal is not None:
             return respond(refusal)
         if isinstance(fetched, DiskRuns):

@@ -112,7 +112,7 @@ class Trio:
         rows, row = node.replica.take_rows()
         if rows or row:
             node.pending.append((rows, row))
-        node.replica.leave()
+        node.replica.make_due()
 
     def fsync(self, name: str) -> None:
         """All that was handed to the log, and what is decided now, becomes durable."""

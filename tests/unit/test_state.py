@@ -23,7 +23,7 @@ from bus_kv.core.machine import (
 )
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import Batch
-from nodes import state_queries
+from nodes import state_file, state_fold, state_queries
 from nodes.state import SQL_QUERIES_MAX, SQL_THREADS
 from tests.support.state import ANSWER_WITHIN_S, RandomWriter, State, Writer, puts
 
@@ -384,21 +384,26 @@ def test_history_is_newest_first(state: State, writer: Writer) -> None:
     assert len(state.ask(HistoryOf(1, "s1", key, (3, 7), 100, 2))) == 2
 
 
-def test_history_is_found_although_another_version_of_duckdb_hashed_the_keys(
-    tmp_path: Path,
+@pytest.mark.parametrize("is_back", [False, True], ids=["there", "and back"])
+def test_history_is_found_although_another_version_of_duckdb_hashes_keys_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_back: bool
 ) -> None:
     writer, key = Writer(), b"key"
-    state = State(tmp_path)
-    state.do(writer.fold(puts([key])))
-    state.store.close()
-    with duckdb.connect(str(state.store.path)) as db:
-        db.execute("UPDATE meta SET value = '1' WHERE name = 'key_hash'")
-        db.execute("UPDATE oplog SET key_hash = 1")
-    state = State(tmp_path)
-    state.do(writer.fold(puts([key])))
-    rows = state.ask(HistoryOf(1, "s1", key, None, 10, MANY_BYTES))
-    assert [row[1] for row in rows] == [2, 1]
-    state.store.close()
+
+    def write_and_read() -> list[int]:
+        state = State(tmp_path)
+        state.do(writer.fold(puts([key])))
+        rows = state.ask(HistoryOf(1, "s1", key, None, 10, MANY_BYTES))
+        state.store.close()
+        return [row[1] for row in rows]
+
+    assert write_and_read() == [1]
+    with monkeypatch.context() as other:
+        other.setattr(state_file, "SAMPLE_HASH", "7::UINTEGER")
+        other.setattr(state_fold, "_LOG", state_fold._LOG.replace("hash(key)", "1"))
+        assert write_and_read() == [2, 1]
+    if is_back:
+        assert write_and_read() == [3, 2, 1]
 
 
 # ---- SQL ----
