@@ -110,6 +110,29 @@ def test_a_read_waits_for_a_round_that_begins_after_it(trio: Trio) -> None:
     assert len(second) == 1
 
 
+def test_members_are_asked_to_confirm_before_the_answer_is_made(trio: Trio) -> None:
+    trio.get("n1", b"k")
+    primary = trio.nodes["n1"].replica
+    trio.turn("n1")
+    primary.take_messages()
+    asked = [fields["type"] for _, fields in trio.nodes["n1"].tells]
+    assert ("confirm" in asked, primary.operations) == (True, 0)
+    primary.settle()
+    assert primary.operations == 1
+
+
+def test_a_write_is_answered_before_it_is_applied(trio: Trio) -> None:
+    answers = trio.put("n1", b"k", b"1")
+    trio.fsync("n1")
+    trio.deliver(trio.messages("n1"), "n2")
+    trio.fsync("n2")
+    primary = trio.nodes["n1"].replica
+    before = primary.commit_seq
+    trio.answer("n2")
+    assert (len(answers), primary.commit_seq) == (1, before)
+    assert trio["n1"].commit_seq == before + 1, "whoever looks sees it"
+
+
 def test_a_round_is_asked_of_no_more_members_than_it_takes(trio: Trio) -> None:
     for _ in range(3):
         trio.get("n1", b"k")
