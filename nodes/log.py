@@ -139,8 +139,8 @@ class NodeLog:
             statements = "".join(f"{s};" for s in _SCHEMA.split(";") if s.strip())
             values = ",".join(f"('{name}','{value}')" for name, value in meta.items())
             self._db.executescript(f"BEGIN;{statements}INSERT INTO meta VALUES {values};COMMIT;")
-            _sync_directory(self._directory)
-            _sync_directory(self._directory.absolute().parent)
+            sync_directory(self._directory)
+            sync_directory(self._directory.absolute().parent)
             return meta["incarnation"]
         meta = dict(self._db.execute("SELECT name, value FROM meta").fetchall())
         if not meta.keys() >= {"format_version", "node", "incarnation"}:
@@ -479,7 +479,7 @@ def _lock(directory: Path) -> int:
     return handle
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

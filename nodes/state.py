@@ -357,7 +357,7 @@ class StateStore:
                 return self._file.attach_again()
             except duckdb.ResourceInUseException:
                 self._wait()
-            except duckdb.Error as error:
+            except (duckdb.Error, OSError) as error:
                 raise explain(self.path, error) from None
         raise DiskError(f"{self.path} is held by a query that does not end; start the node again")
 
@@ -392,6 +392,8 @@ class StateStore:
             self._file.checkpoint()
         except duckdb.TransactionException as error:
             log.info("checkpoint put off: %s", first_line(error))
+        except OSError as error:
+            log.warning("checkpoint put off: %s", explain(self.path, error))
         except duckdb.Error as error:
             if is_corruption(error):
                 raise explain(self.path, error) from None

@@ -5,6 +5,7 @@ instance: detaching and attaching again replays the file's own write-ahead log. 
 access is off and the configuration is locked; only this file can still be attached. A new file is made complete under
 another name and renamed, so a file of this name always says whose it is.
 
+A checkpoint is made by `checkpoint` alone, which makes it possible to undo one that is cut short (state_undo.py).
 DuckDB replays its write-ahead log row by row, which takes it many seconds over a large table. Where the node's own log
 goes on from the last checkpoint, the file starts from there and that log is thrown away.
 """
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from bus_kv.core.machine import Mark
-from nodes.log import DiskError, DiskFull
+from nodes.log import DiskError, DiskFull, sync_directory
 from nodes.state_schema import (
     KV_COLUMNS,
     KV_OF_SHARD,
@@ -33,6 +34,14 @@ from nodes.state_schema import (
     SCHEMA,
 )  # fmt: skip
 from nodes.state_snapshot import clear_shard
+from nodes.state_undo import (
+    BLOCK_BYTES,
+    UNDO_SUFFIX,
+    UNFINISHED_SUFFIX,
+    forget,
+    keep,
+    undo_unfinished,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -53,6 +62,7 @@ ROW_GROUP_ROWS = 30_720
 """A quarter of DuckDB's default; it has to be a multiple of 2048. Whole row groups of a fold go straight to the file;
 what is less than one goes through the write-ahead log, and a checkpoint writes it again with its neighbours."""
 WAL_SUFFIXES = (".wal", ".wal.checkpoint", ".wal.recovery")
+SUFFIXES = ("", *WAL_SUFFIXES, UNDO_SUFFIX)
 
 
 class NoMemory(DiskFull):
@@ -96,8 +106,10 @@ class StateFile:
             _clear(directory)
             if not self.path.exists():
                 _create(directory, incarnation)
-            elif goes_on is not None and _last_checkpoint_suffices(directory, goes_on):
-                _drop_wal(directory)
+            else:
+                undo_unfinished(self.path)
+                if goes_on is not None and _last_checkpoint_suffices(directory, goes_on):
+                    _drop_wal(directory)
             self._instance = self._open(directory, memory_mb)
         except (duckdb.Error, OSError) as error:
             raise explain(self.path, error) from None
@@ -136,6 +148,7 @@ class StateFile:
             instance.execute("SET disabled_compression_methods = 'fsst,dict_fsst,zstd'")
             paths = [str(self.path), *(f"{self.path}{suffix}" for suffix in WAL_SUFFIXES)]
             instance.execute(f"SET allowed_paths = [{', '.join(map(_quoted, paths))}]")
+            instance.execute("PRAGMA disable_checkpoint_on_shutdown")
             instance.execute(self._attach_statement)
             instance.execute("SET enable_external_access = false")
             instance.execute("SET lock_configuration = true")
@@ -146,7 +159,8 @@ class StateFile:
 
     @property
     def _attach_statement(self) -> str:
-        return f"ATTACH {_quoted(str(self.path))} AS state (ROW_GROUP_SIZE {ROW_GROUP_ROWS})"
+        options = f"ROW_GROUP_SIZE {ROW_GROUP_ROWS}, BLOCK_SIZE {BLOCK_BYTES}"
+        return f"ATTACH {_quoted(str(self.path))} AS state ({options})"
 
     def _check(self, incarnation: str) -> None:
         meta = dict(self._instance.execute("SELECT name, value FROM state.meta").fetchall())
@@ -239,17 +253,24 @@ class StateFile:
             return 0
 
     def checkpoint(self) -> None:
+        """Raises duckdb.Error; or OSError when it has not begun."""
+        keep(self.path, self._instance)
         self._instance.execute("CHECKPOINT state")
+        forget(self.path)
 
     def do(self, work: Callable[[DuckDBPyConnection], object]) -> None:
         """Do it in one transaction. Raises duckdb.Error."""
         transaction(self._instance, work)
 
     def attach_again(self) -> None:
-        """Read the file anew after the attachment was invalidated. Raises duckdb.Error while a query still has it."""
+        """Read the file anew after the attachment was invalidated.
+
+        Raises OSError, and duckdb.Error while a query still has it.
+        """
         attached = "SELECT count(*) FROM duckdb_databases() WHERE database_name = 'state'"
         if self._instance.execute(attached).fetchall()[0][0]:
             self._instance.execute("DETACH state")
+        undo_unfinished(self.path)
         self._instance.execute(self._attach_statement)
         self.tables = self._read_tables()
         self.prepare_views()
@@ -273,6 +294,7 @@ def _clear(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(directory / TEMPORARY_NAME, ignore_errors=True)
     (directory / PEEK_NAME).unlink(missing_ok=True)
+    (directory / f"{STATE_NAME}{UNFINISHED_SUFFIX}").unlink(missing_ok=True)
     for suffix in ("", *WAL_SUFFIXES):
         (directory / f"{STATE_NAME}.new{suffix}").unlink(missing_ok=True)
 
@@ -310,7 +332,7 @@ def _drop_wal(directory: Path) -> None:
     """The log of commits last: without it the others mean nothing. Raises OSError."""
     for suffix in reversed(WAL_SUFFIXES):
         (directory / f"{STATE_NAME}{suffix}").unlink(missing_ok=True)
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def _create(directory: Path, incarnation: str) -> None:
@@ -318,6 +340,7 @@ def _create(directory: Path, incarnation: str) -> None:
     for suffix in WAL_SUFFIXES:
         if (directory / f"{STATE_NAME}{suffix}").exists():
             raise damaged(path, f"its {suffix[1:]} file is there, but not the file itself")
+    forget(path)
     new = directory / f"{STATE_NAME}.new"
     with duckdb.connect(":memory:") as db:
         db.execute(f"ATTACH {_quoted(str(new))} AS state")
@@ -329,7 +352,7 @@ def _create(directory: Path, incarnation: str) -> None:
         db.execute("CHECKPOINT state")
         db.execute("DETACH state")
     new.rename(path)
-    _sync_directory(directory)
+    sync_directory(directory)
 
 
 def set_aside(directory: Path) -> Path | None:
@@ -337,7 +360,7 @@ def set_aside(directory: Path) -> Path | None:
 
     None when there is none. Raises DiskError.
     """
-    names = [STATE_NAME, *(STATE_NAME + suffix for suffix in WAL_SUFFIXES)]
+    names = [f"{STATE_NAME}{suffix}" for suffix in SUFFIXES]
     present = [name for name in names if (directory / name).exists()]
     if not present:
         return None
@@ -348,7 +371,7 @@ def set_aside(directory: Path) -> Path | None:
     try:
         for name in present:
             (directory / name).rename(f"{aside}{name.removeprefix(STATE_NAME)}")
-        _sync_directory(directory)
+        sync_directory(directory)
     except OSError as error:
         raise explain(directory / STATE_NAME, error) from None
     return aside
@@ -364,14 +387,6 @@ def transaction(db: DuckDBPyConnection, work: Callable[[DuckDBPyConnection], obj
         with contextlib.suppress(duckdb.Error):
             db.execute("ROLLBACK")
         raise
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _quoted(text: str) -> str:

@@ -1,5 +1,6 @@
 """The state's file in trouble: killed processes, full disks, damaged and foreign files."""
 
+import errno
 import os
 import random
 import shutil
@@ -13,10 +14,12 @@ import duckdb
 import pytest
 
 import nodes.state
+import nodes.state_file
 from bus_kv.core.machine import Lookup, Mark
 from nodes.log import DiskError, DiskFull
 from nodes.state import set_aside
 from nodes.state_file import explain
+from nodes.state_undo import forget, keep
 from tests.support.command import environment
 from tests.support.state import (
     RandomWriter,
@@ -31,6 +34,7 @@ ROUNDS = 10
 CHECKPOINT_WAL_BYTES = 60_000
 CHILD_WITHIN_S = 60.0
 FILE = "state.duckdb"
+PAGE_BYTES, BLOCK_BYTES, HEADERS_BYTES = 4 << 10, 256 << 10, 12 << 10
 
 
 def start_child(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -122,6 +126,82 @@ def test_what_was_folded_is_checkpointed_once_nothing_more_is(
         state.do(writer.fold(puts([b"%d %d" % (round, i) for i in range(100)], bytes(1 << 15))))
         state.wait_checkpointed("s1", writer.on_disk.mark.last)
     state.store.close()
+
+
+def test_a_checkpoint_that_was_cut_short_in_a_block_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DuckDB writes blocks again to which the last checkpoint still refers; a kill leaves one part new, part old."""
+    data, before, after = (tmp_path / name for name in ("data", "before", "after"))
+    state, writer = State(data), Writer()
+    state.do(writer.fold(puts([b"%d" % i for i in range(1000)])))
+    state.store.close()
+
+    def keep_and_copy(path: Path, db: Any) -> None:
+        keep(path, db)
+        shutil.copytree(data, before)
+
+    def copy_and_forget(path: Path) -> None:
+        shutil.copytree(data, after)
+        forget(path)
+
+    monkeypatch.setattr(nodes.state_file, "keep", keep_and_copy)
+    monkeypatch.setattr(nodes.state_file, "forget", copy_and_forget)
+    state = State(data)
+    state.do(writer.fold(puts([b"%d" % i for i in range(500, 1500)])))
+    state.store.close()
+    monkeypatch.undo()
+    assert [path.name for path in data.iterdir()] == [FILE]
+    shutil.copytree(before, data, dirs_exist_ok=True)
+    tear(data / FILE, (after / FILE).read_bytes())
+    state = State(data)
+    assert state.contents("s1") == writer.on_disk
+    state.store.close()
+    # What was undone was needed.
+    (before / f"{FILE}.undo").unlink()
+    tear(before / FILE, (after / FILE).read_bytes())
+    assert "--rebuild" in refusal(before)
+
+
+def test_what_a_checkpoint_overwrites_is_not_put_back_once_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes.state_file, "forget", lambda path: None)
+    state, writer = State(tmp_path), Writer()
+    for key in (b"a", b"b"):
+        state.do(writer.fold(puts([key])))
+        state.store.close()
+        assert (tmp_path / f"{FILE}.undo").exists()
+        state = State(tmp_path)
+        assert state.contents("s1") == writer.on_disk
+    state.store.close()
+
+
+def test_a_checkpoint_for_whose_undoing_there_is_no_space_is_put_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, db: Any) -> None:
+        monkeypatch.setattr(nodes.state_file, "keep", keep)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(nodes.state, "CHECKPOINT_RETRY_S", 0.0)
+    monkeypatch.setattr(nodes.state, "IDLE_S", 0.01)
+    state, writer = State(tmp_path, checkpoint_wal_bytes=1), Writer()
+    state.do(writer.fold(puts([b"a"])))
+    state.wait_checkpointed("s1", writer.on_disk.mark.last)
+    monkeypatch.setattr(nodes.state_file, "keep", fail)
+    state.do(writer.fold(puts([b"b"])))
+    state.wait_checkpointed("s1", writer.on_disk.mark.last)
+    state.store.close()
+    assert state.failures.empty()
+
+
+def tear(path: Path, after: bytes) -> None:
+    """As if the process had been killed when the first page of each block was written."""
+    content = bytearray(path.read_bytes())
+    for at in range(HEADERS_BYTES, len(content), BLOCK_BYTES):
+        content[at : at + PAGE_BYTES] = after[at : at + PAGE_BYTES]
+    path.write_bytes(content)
 
 
 def kill_while_it_folds(data: Path, seed: int, folds: int) -> int:
@@ -357,9 +437,6 @@ def test_a_damaged_file_is_set_aside_and_made_anew(stopped: Path) -> None:
     state.store.close()
     assert set_aside(stopped) == stopped / f"{FILE}.2.damaged"
     assert set_aside(stopped) is None
-
-
-BLOCK_BYTES, HEADERS_BYTES = 256 << 10, 12 << 10
 
 
 def test_bytes_that_went_bad_end_the_node(tmp_path: Path) -> None:
