@@ -235,9 +235,9 @@ def fold_for_ever(directory: Path, seed: int, checkpoint_wal_bytes: int) -> None
         print(fold.mark.last, flush=True)
 
 
-def folded_until(seed: int, last: int) -> Contents:
-    """What must be on disk when the mark is there."""
+def folded_until(seed: int, mark: Mark) -> Contents:
+    """What must be on disk when this is the mark: a fold of refused operations alone has the seq of the one before."""
     writer = RandomWriter(seed)
-    while writer.on_disk.mark.last < last:
+    while writer.folds < mark.time_ms:
         writer.next_fold()
     return writer.on_disk

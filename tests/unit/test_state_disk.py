@@ -72,10 +72,11 @@ def test_a_killed_process_leaves_whole_folds(tmp_path: Path) -> None:
         copy = tmp_path / f"copy-{round}"
         shutil.copytree(data, copy)
         state = State(copy)
-        last = state.store.marks()["s1"].last if state.store.marks() else 0
+        mark = state.store.marks().get("s1", Mark())
+        last = mark.last
         assert last >= acknowledged
         if last:
-            assert state.contents("s1") == folded_until(seed, last)
+            assert state.contents("s1") == folded_until(seed, mark)
         state.store.close()
         shutil.rmtree(copy)
     assert last > ROUNDS
@@ -97,9 +98,9 @@ def test_a_killed_process_starts_from_the_last_checkpoint_where_the_log_goes_on(
 
     state = State(data, goes_on=goes_on)
     assert told == [state.store.marks()]
-    last = told[0]["s1"].last
-    assert 0 < last < acknowledged
-    assert state.contents("s1") == folded_until(3, last)
+    mark = told[0]["s1"]
+    assert 0 < mark.last < acknowledged
+    assert state.contents("s1") == folded_until(3, mark)
     state.store.close()
     state = State(copy, goes_on=lambda _: False)
     assert state.store.marks()["s1"].last >= acknowledged
