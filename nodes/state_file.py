@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     GoesOn: TypeAlias = Callable[[dict[str, Mark]], bool]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STATE_NAME = "state.duckdb"
 TEMPORARY_NAME = "state.tmp"
 TEMPORARY_SIZE_MAX = "4GB"
@@ -144,8 +144,6 @@ class StateFile:
             },
         )
         try:
-            # Packing text harder makes a checkpoint many times as expensive. (As configuration it has no effect.)
-            instance.execute("SET disabled_compression_methods = 'fsst,dict_fsst,zstd'")
             paths = [str(self.path), *(f"{self.path}{suffix}" for suffix in WAL_SUFFIXES)]
             instance.execute(f"SET allowed_paths = [{', '.join(map(_quoted, paths))}]")
             instance.execute("PRAGMA disable_checkpoint_on_shutdown")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bus_kv.protocol.batch import APPLIED, KIND_NAMES
+from bus_kv.protocol.batch import APPLIED
 from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.entry import applied_count
 from nodes.state_file import transaction
-from nodes.state_schema import key_hash
+from nodes.state_schema import ROLLED_BACK, key_hash
 from nodes.state_snapshot import clear_shard, largest_in_chunk, write_chunk
 
 if TYPE_CHECKING:
@@ -34,16 +34,10 @@ OPERATION_BYTES = 64
 """What an operation takes in the oplog beside its key and value."""
 PIECE_ROWS = 8192
 """Operations whose columns are built at once."""
-OUTCOME_NAMES = ("refused", "created", "replaced", "deleted", "absent")
-"""By the outcomes that stand in the log."""
 
 
 def _run(value: Any) -> Any:
     return pa.run_end_encoded(pa.int32(), value)
-
-
-def _name() -> Any:
-    return pa.dictionary(pa.uint8(), pa.string())
 
 
 _NEWEST = pa.schema({"seq": pa.int64()})
@@ -51,10 +45,10 @@ _DELETED = pa.schema({"key": pa.binary()})
 _OPERATIONS = pa.schema(
     {
         "place": pa.int32(), "begin": _run(pa.int32()), "epoch": _run(pa.int64()),
-        "first_seq": _run(pa.int64()), "time_ms": _run(pa.int64()), "op": _name(),
+        "first_seq": _run(pa.int64()), "time_ms": _run(pa.int64()), "op": pa.uint8(),
         "key": pa.binary(), "value": pa.binary(), "expires_at": pa.int64(),
         "client": _run(pa.string()), "first_number": _run(pa.uint64()),
-        "request_index": _run(pa.uint32()), "outcome": _name(),
+        "request_index": _run(pa.uint32()), "outcome": pa.uint8(),
     }
 )  # fmt: skip
 """`place` counts the rows of a piece; `begin`, `first_seq` and `first_number` are those of the run's first row."""
@@ -75,7 +69,7 @@ _REQUESTS = pa.schema(
 _SEQ = "first_seq + (place - begin)"
 _LOGGED = f"""
 epoch, {_SEQ}, time_ms, op, key, {key_hash("key")}, value, client,
-first_number + (place - begin)::UBIGINT, request_index, NULL, NULL
+first_number + (place - begin)::UBIGINT, request_index
 """
 _UPSERT = f"""
 INSERT INTO state.{{table}}
@@ -88,10 +82,10 @@ ON CONFLICT (key) DO UPDATE SET
 _DELETE = "DELETE FROM state.{table} USING deleted WHERE {table}.key = deleted.key"
 _LOG = f"INSERT INTO state.oplog SELECT ?, {_LOGGED}, outcome FROM operations"
 _LOG_ROLLED_BACK = f"""
-INSERT INTO state.oplog SELECT $shard, {_LOGGED}, 'rolled_back' FROM rolled_back AS told
+INSERT INTO state.oplog SELECT $shard, {_LOGGED}, {ROLLED_BACK} FROM rolled_back AS told
 WHERE NOT EXISTS (
     SELECT 1 FROM state.oplog
-    WHERE oplog.shard = $shard AND oplog.epoch = told.epoch AND oplog.seq = {_SEQ}
+    WHERE oplog.shard_number = $shard AND oplog.epoch = told.epoch AND oplog.seq = {_SEQ}
 )
 """
 """Several replicas may have had it, and each tells it."""
@@ -158,7 +152,7 @@ class FoldWriter:
     def _write(self, db: DuckDBPyConnection, fold: Fold, table: ShardTable) -> None:
         operations, mark = self._sources["operations"].rows, fold.mark
         if self._sources["rolled_back"].rows.num_rows:
-            db.execute(_LOG_ROLLED_BACK, {"shard": fold.shard})
+            db.execute(_LOG_ROLLED_BACK, {"shard": table.number})
         if self._sources["newest"].rows.num_rows:
             written = db.execute(_UPSERT.format(table=table.name)).fetchall()[0][0]
             newest = self._sources["newest"].rows.num_rows
@@ -167,8 +161,8 @@ class FoldWriter:
             db.execute(_DELETE.format(table=table.name))
         if operations.num_rows:
             part = [mark.last, mark.time_ms, _bytes(operations)]
-            db.execute(_LOG, [fold.shard])
-            db.execute("INSERT INTO state.oplog_parts VALUES (?, ?, ?, ?)", [fold.shard, *part])
+            db.execute(_LOG, [table.number])
+            db.execute("INSERT INTO state.oplog_parts VALUES (?, ?, ?, ?)", [table.number, *part])
         if self._sources["requests"].rows.num_rows:
             db.execute(_REMEMBER, [fold.shard])
         set_mark(db, fold.shard, mark)
@@ -277,9 +271,9 @@ class _Piece:
         return pa.record_batch(
             [
                 _places(count), begins, epochs, seqs, times_ms,
-                _names(self._kinds, KIND_NAMES), pa.array(self.keys, pa.binary()),
+                _codes(self._kinds), pa.array(self.keys, pa.binary()),
                 pa.array(self._values, pa.binary()), expires_at, clients, numbers, indexes,
-                _names(self._outcomes, OUTCOME_NAMES),
+                _codes(self._outcomes),
             ], schema=_OPERATIONS,
         )  # fmt: skip
 
@@ -310,11 +304,8 @@ def pack_numbers(numbers: Sequence[int]) -> bytes:
     return encode_cbor([*numbers])
 
 
-def _names(codes: bytearray, names: Sequence[str]) -> Any:
-    """A text column of which `codes` are the positions in `names`."""
-    buffer = pa.py_buffer(bytes(codes))
-    positions = pa.Array.from_buffers(pa.uint8(), len(codes), [None, buffer])
-    return pa.DictionaryArray.from_arrays(positions, pa.array(names, pa.string()), safe=False)
+def _codes(codes: bytearray) -> Any:
+    return pa.Array.from_buffers(pa.uint8(), len(codes), [None, pa.py_buffer(bytes(codes))])
 
 
 def _table(schema: Any, columns: Sequence[Any]) -> Any:

@@ -27,7 +27,7 @@ from bus_kv.core.machine import (
     SnapshotRead,
     Unread,
 )
-from nodes.state_schema import key_hash
+from nodes.state_schema import OP_NAME, ROLLED_BACK, key_hash
 from nodes.state_snapshot import read_chunk
 
 if TYPE_CHECKING:
@@ -303,9 +303,13 @@ class Reader:
         return [-1 if floor is None else floor, *map(_run, rows)]
 
     def _history_of(self, query: HistoryOf) -> list[Row]:
+        table = self.file.tables.get(query.shard)
+        if table is None:
+            return []
+
         def piece(after: Row | None, rows_max: int) -> list[Row]:
-            conditions = ["key = ?", "shard = ?", "outcome <> 'rolled_back'"]
-            parameters: list[Any] = [query.key, query.shard]
+            conditions = ["key = ?", "shard_number = ?", f"outcome <> {ROLLED_BACK}"]
+            parameters: list[Any] = [query.key, table.number]
             if self.file.is_hashed:
                 conditions.append(f"key_hash = {key_hash('?::BLOB')}")
                 parameters.append(query.key)
@@ -314,7 +318,7 @@ class Reader:
                 conditions.append("(epoch < ? OR epoch = ? AND seq < ?)")
                 parameters += [before[0], *before]
             return self._fetch(
-                "SELECT epoch, seq, op, value, time_ms, client, number FROM state.oplog "
+                f"SELECT epoch, seq, {OP_NAME}, value, time_ms, client, number FROM state.oplog "
                 f"WHERE {' AND '.join(conditions)} ORDER BY epoch DESC, seq DESC LIMIT {rows_max}",
                 parameters,
             )

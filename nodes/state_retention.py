@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _DROPPED_PARTS = """
-SELECT shard, max(last) AS last FROM (
-    SELECT shard, last, time_ms,
-        sum(bytes) OVER (ORDER BY time_ms DESC, shard, last DESC) AS bytes_to_here
+SELECT shard_number, max(last) AS last FROM (
+    SELECT shard_number, last, time_ms,
+        sum(bytes) OVER (ORDER BY time_ms DESC, shard_number, last DESC) AS bytes_to_here
     FROM state.oplog_parts
 ) WHERE time_ms < (SELECT max(time_ms) FROM state.marks) - $keep_ms OR bytes_to_here > $keep_bytes
-GROUP BY shard
+GROUP BY shard_number
 """
 _DROP = """
 DELETE FROM state.{table} USING ({dropped}) AS dropped
-WHERE {table}.shard = dropped.shard AND {table}.{position} <= dropped.last
+WHERE {table}.shard_number = dropped.shard_number AND {table}.{position} <= dropped.last
 """
 _REMEMBER_FLOORS = """
 INSERT INTO state.clients

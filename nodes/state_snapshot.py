@@ -24,6 +24,8 @@ PART_BYTES = 1 << 20
 PART_SEQS = 20_000
 """Operations, and requests by their first, in a part."""
 TABLES = ("kv", "oplog", "oplog_parts", "requests", "clients")
+BY_NUMBER = ("oplog", "oplog_parts")
+"""Tables that know a shard by its number, which is another one in every state."""
 _ORDER = {
     "kv": "key", "oplog": "seq", "oplog_parts": "last", "requests": "first_seq", "clients": "client"
 }  # fmt: skip
@@ -69,6 +71,9 @@ def _rows(
     parameters: list[Any] = []
     if name == "kv":
         conditions.append(f"hash(key) % {parts} = {part}")
+    elif name in BY_NUMBER:
+        conditions.append("shard_number = ?")
+        parameters.append(table.number)
     else:
         conditions.append("shard = ?")
         parameters.append(query.shard)
@@ -105,7 +110,9 @@ def _fitting(rows: Any, bytes_max: int) -> tuple[bytes, int]:
 def clear_shard(db: DuckDBPyConnection, shard: str, table: ShardTable) -> None:
     """Nothing of the shard is left, and its mark says so."""
     db.execute(f"DELETE FROM state.{table.name}")
-    for name in ("oplog", "oplog_parts", "requests", "clients"):
+    for name in BY_NUMBER:
+        db.execute(f"DELETE FROM state.{name} WHERE shard_number = ?", [table.number])
+    for name in ("requests", "clients"):
         db.execute(f"DELETE FROM state.{name} WHERE shard = ?", [shard])
     db.execute(
         "UPDATE state.marks SET epoch = 0, last = 0, time_ms = 0, keys = 0, data_bytes = 0, "
@@ -132,11 +139,10 @@ def write_chunk(db: DuckDBPyConnection, load: Load, table: ShardTable) -> None:
     # Not within the transaction: what is aborted can only be rolled back.
     db.register("chunk", rows)
     try:
-        columns = "*"
+        own = [f"{table.number} AS shard_number"] if load.table in BY_NUMBER else []
         if load.table == "oplog":
-            columns = (
-                f"* REPLACE ({key_hash('key')} AS key_hash)"  # the source may compute another one
-            )
+            own.append(f"{key_hash('key')} AS key_hash")  # the source may compute another one
+        columns = f"* REPLACE ({', '.join(own)})" if own else "*"
         db.execute(f"INSERT INTO state.{target} SELECT {columns} FROM chunk")
     finally:
         db.unregister("chunk")

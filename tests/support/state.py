@@ -77,8 +77,9 @@ class State:
         """All that is there of a shard."""
         kv = "SELECT key, value, epoch, seq, expires_at FROM kv WHERE shard = '{}'"
         oplog = (
-            "SELECT epoch, seq, time_ms, op, key, value, client, number, request_index, outcome "
-            "FROM state.oplog WHERE shard = '{}' ORDER BY epoch, seq"
+            "SELECT oplog.epoch, seq, oplog.time_ms, op, key, value, client, oplog.number, "
+            "request_index, outcome FROM state.oplog JOIN state.marks "
+            "ON marks.number = shard_number WHERE shard = '{}' ORDER BY oplog.epoch, seq"
         )
         requests = (
             "SELECT client, first, last, outcomes, epoch, first_seq, time_ms FROM state.requests "
@@ -152,13 +153,11 @@ class Writer:
         return Fold(self._tickets, self.shard, self.keyspace, written, logged, mark)
 
     def _log(self, batch: Batch, i: int, outcome: int, seq: int, time_ms: int) -> None:
-        names = {b.CREATED: "created", b.REPLACED: "replaced", b.DELETED: "deleted"}
         identity = (batch.client, *batch.identity(i)) if batch.client else (None, None, 0)
         value = batch.values[i] if batch.values else None
         self.on_disk.oplog.append(
             (
-                self.epoch, seq, time_ms, b.KIND_NAMES[batch.kinds[i]], batch.keys[i], value,
-                *identity, names[outcome],
+                self.epoch, seq, time_ms, batch.kinds[i], batch.keys[i], value, *identity, outcome,
             )
         )  # fmt: skip
 

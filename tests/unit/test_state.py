@@ -96,7 +96,7 @@ def test_only_applied_operations_are_in_the_oplog(state: State, writer: Writer) 
 def test_what_the_primary_did_by_itself_has_no_client(state: State, writer: Writer) -> None:
     state.do(writer.fold(puts(keys(1))))
     state.do(writer.fold((Batch(bytes([b.EXPIRE]), keys(1)), bytes([b.DELETED]))))
-    rows = state.fetch("SELECT op, client, number, outcome FROM state.oplog ORDER BY seq")
+    rows = state.fetch("SELECT op, client, request_id, outcome FROM oplog ORDER BY seq")
     assert rows == [("put", None, None, "created"), ("expire", None, None, "deleted")]
     assert state.contents("s1").requests == []
 
