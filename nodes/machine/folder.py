@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bus_kv.core.machine import Fold, LoggedBatch, Mark, Trim
 from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import MILLISECOND_NS
+from nodes.machine.judge import logged_writes
 from nodes.machine.spent import Spent
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from bus_kv.knobs import Knobs
     from nodes.machine.lifetimes import Lifetimes
-    from nodes.machine.table import Table, Writes
+    from nodes.machine.table import Table
 
 
 KEPT_STEPS = 4096
@@ -42,7 +43,6 @@ class _Waiting:
 
     batches: list[LoggedBatch]
     rolled_back: list[LoggedBatch]
-    writes: Writes
     end: Mark
     size: int
 
@@ -81,11 +81,11 @@ class Folder:
         self._spent = Spent()
 
     def add(
-        self, batches: list[LoggedBatch], rolled_back: list[LoggedBatch], writes: Writes,
-        end: Mark, entry_bytes: int, now_ns: int,
+        self, batches: list[LoggedBatch], rolled_back: list[LoggedBatch], end: Mark,
+        entry_bytes: int, now_ns: int,
     ) -> None:  # fmt: skip
         """An entry was committed; its writes are in the table."""
-        self._waiting.append(_Waiting(batches, rolled_back, writes, end, entry_bytes))
+        self._waiting.append(_Waiting(batches, rolled_back, end, entry_bytes))
         self._end = end
         self.bytes += entry_bytes
         self._kept_bytes += entry_bytes
@@ -137,20 +137,22 @@ class Folder:
 
     def _fold(self) -> None:
         taken, folded_bytes = self._take()
+        batches = [logged for entry in taken for logged in entry.batches]
         self._busy, self._patience = True, 1
         if not self._waiting:
             self._since_ns = None
             records = self._table.freeze()
         else:
-            # The newest record of a key may be of an entry behind the mark.
-            records = {key: r for entry in taken for key, r in entry.writes.items()}
-            self._table.freeze(records, [entry.writes for entry in self._waiting])
-        for entry in taken:
-            self._spent.add(entry.writes)
+            # The newest record of a key may be of an entry behind the mark, and the only one that the table has.
+            records = {}
+            for logged in batches:
+                records.update(logged_writes(logged))
+            self._table.freeze(
+                records, [logged for entry in self._waiting for logged in entry.batches]
+            )
         fold = Fold(
-            0, self._shard, self._keyspace, records,
-            [batch for entry in taken for batch in entry.batches], taken[-1].end,
-            [batch for entry in taken for batch in entry.rolled_back],
+            0, self._shard, self._keyspace, records, batches, taken[-1].end,
+            [logged for entry in taken for logged in entry.rolled_back],
         )  # fmt: skip
         self._ask(fold, partial(self._on_folded, fold.mark, folded_bytes))
 

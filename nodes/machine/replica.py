@@ -566,9 +566,7 @@ class Replica:
             tuple(self.lineage),
         )  # fmt: skip
         rolled_back = rolled_back_in(segment.record)
-        self.folder.add(
-            segment.logged, rolled_back, segment.writes, end, segment.batch_bytes, self.now_ns
-        )  # fmt: skip
+        self.folder.add(segment.logged, rolled_back, end, segment.batch_bytes, self.now_ns)
 
     def fate(self, version: Version) -> str:
         """What became of a write: "primary", "quorum", "all", "rolled_back" or "unknown" (R4).

@@ -132,9 +132,9 @@ class Table:
 
     # ---- the fold ----
 
-    def freeze(self, records: Writes | None = None, later: Iterable[Writes] = ()) -> Writes:
+    def freeze(self, records: Writes | None = None, later: Iterable[LoggedBatch] = ()) -> Writes:
         """What the next fold carries to disk: everything, or `records`, the newest of the oldest entries; `later` are
-        the writes of the others."""
+        the batches of the others."""
         assert not self.frozen, "one fold at a time"
         if records is None:
             self.frozen, self.dirty = self.dirty, {}
@@ -142,9 +142,9 @@ class Table:
         dirty = self.dirty
         # One deletion looks like another: of a key that was written in between, the later one has to stay.
         deleted = {key for key, record in records.items() if record is None}
-        deleted_again = {key for writes in later for key in writes.keys() & deleted}
+        deleted_again = {key for logged in later for key in deleted.intersection(logged.batch.keys)}
         for key, record in records.items():
-            if key in dirty and dirty[key] is record and key not in deleted_again:
+            if key in dirty and dirty[key] == record and key not in deleted_again:
                 del dirty[key]
         self.frozen = records
         return records

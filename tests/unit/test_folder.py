@@ -47,7 +47,7 @@ class Folding:
     def _commit(self, entry: Fold) -> None:
         self.table.apply(entry.records, entry.batches, len(entry.records), 0)
         size = sum(len(VALUE) for logged in entry.batches for _ in logged.batch.keys)
-        self.folder.add(entry.batches, [], entry.records, entry.mark, size, 0)
+        self.folder.add(entry.batches, [], entry.mark, size, 0)
         versions = {key: (r[1], r[2]) for key, r in entry.records.items() if r is not None}
         self.versions[entry.mark.last] = self.versions[self.last] | versions
         self.last = entry.mark.last
@@ -91,7 +91,7 @@ def test_a_key_that_is_deleted_in_several_folds_is_gone_at_the_end() -> None:
     for batch in (puts([b"k"]), delete, puts([b"k"]), delete):
         entry = writer.fold(batch)
         table.apply(entry.records, entry.batches, 0, 0)
-        folder.add(entry.batches, [], entry.records, entry.mark, 2, 0)
+        folder.add(entry.batches, [], entry.mark, 2, 0)
     disk: dict[bytes, Any] = {}
     for _ in range(4):
         folder.end_turn(1 << 62)
@@ -133,7 +133,7 @@ def test_members_fold_in_turn(per_second: int) -> None:
     for seq in range(1, 1000):
         now_ns = seq * SECOND_NS // 100
         for folder in folders:
-            folder.add([], [], {}, Mark(1, seq), per_second // 100, now_ns)
+            folder.add([], [], Mark(1, seq), per_second // 100, now_ns)
             folder.end_turn(now_ns)
         assert len(asked) <= 1, "nobody else at this moment"
         for at, then in asked:
@@ -155,7 +155,7 @@ def folded_log(**knobs: int) -> Folder:
         lambda query, then: asked.append((query, then)),
     )  # fmt: skip
     for seq in (1, 2, 3):
-        folder.add([], [], {}, Mark(1, seq), 10, 0)
+        folder.add([], [], Mark(1, seq), 10, 0)
     folder.end_turn(1 << 62)
     [(_, then)] = asked
     then([], None)

@@ -133,7 +133,7 @@ def test_the_log_stays_for_who_keeps_asking_and_goes_when_he_stops(type: str) ->
     if type == "snapshot":
         replica.status = Status.ACTIVE
     for seq in (1, 2, 3):
-        replica.folder.add([], [], {}, Mark(1, seq), 10, node.now_ns)
+        replica.folder.add([], [], Mark(1, seq), 10, node.now_ns)
 
     def trims(after_s: int) -> list[Trim]:
         node.replicas.touch("s1")
