@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -72,6 +73,9 @@ CHECKPOINT_BYTES_MIN = 1 << 20
 CHECKPOINT_MEMORY_SHARE = 8
 """Rows that are not checkpointed yet are in memory: their log is checkpointed at this part of it."""
 CHECKPOINT_RETRY_S = 1.0
+FREED_AT_ONCE = 256
+"""Operations of a fold that is done; it takes some 50 us."""
+FREEING_PAUSE_S = 0.0005
 INTERRUPT_INTERVAL_S = 0.05
 ATTACH_TRIES_MAX = 150
 """Every STALL_RETRY_S: longer than a user's query may run and hold on to the file."""
@@ -413,9 +417,13 @@ class StateStore:
 
 
 def _let_go(effect: Fold | Load) -> None:
-    """Batch by batch: freeing all of them at once would hold the interpreter as long as many turns."""
+    """Bit by bit, with pauses: freeing all of it in one go would keep the interpreter from as many turns."""
+    freed = 0
     while isinstance(effect, Fold) and effect.batches:
-        effect.batches.pop()
+        freed += len(effect.batches.pop().batch)
+        if freed >= FREED_AT_ONCE:
+            freed = 0
+            time.sleep(FREEING_PAUSE_S)
 
 
 class _Closed(Exception):
