@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.fate import Fate
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import BusKVError, OutcomeUnknown, ShardUnavailable, from_body
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol.codec import decode_cbor
@@ -123,10 +124,10 @@ class Calls:
 
     # ---- time ----
 
-    def next_ns(self) -> int | None:
+    def next_ns(self) -> int:
         candidates = [next(iter(c.values())).give_up_ns for c in self._sent.values() if c]
         candidates += [self._paused[0][0]] if self._paused else []
-        return min(candidates, default=None)
+        return min(candidates, default=NEVER_NS)
 
     def on_deadline(self, now_ns: int) -> None:
         for calls in [*self._sent.values()]:

@@ -256,18 +256,22 @@ class Session:
     def is_full(self) -> bool:
         return self._told >= self._knobs.turn_operations_max
 
-    def next_deadline_ns(self) -> int | None:
-        candidates = [self._paused[0][0]] if self._paused else []
-        candidates += [sent.next_ns for sent in self._sent.values()]
-        calls_ns = self._calls.next_ns()
-        candidates += [] if calls_ns is None else [calls_ns]
+    def settle(self, now_ns: int) -> bool:
+        del now_ns
+        return False
+
+    is_settled = True
+
+    def next_deadline_ns(self) -> int:
+        candidates = [self._calls.next_ns(), *(sent.next_ns for sent in self._sent.values())]
+        candidates += [self._paused[0][0]] if self._paused else []
         if self._fetch is not None:
             candidates.append(self._fetch_ns)
         working = [lane for lane in self._lanes.values() if lane.has_work]
         candidates += [lane.next_deadline_ns for lane in working]
         candidates += [lane.late_ns for lane in working if lane.in_flight and lane.late_ns]
         candidates += [o.deadline_ns for o in self._unrouted[:1]]
-        return min(candidates, default=None)
+        return min(candidates)
 
     def on_deadline(self, now_ns: int) -> None:
         if self._fetch is not None and self._fetch_ns <= now_ns:

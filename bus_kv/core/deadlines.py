@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from bus_kv.core.timers import NEVER_NS
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -37,10 +39,10 @@ class Deadlines(Generic[Answer]):
 
         return answered
 
-    def next_ns(self) -> int | None:
+    def next_ns(self) -> int:
         while self._heap and self._heap[0][1] not in self._open:
             heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        return self._heap[0][0] if self._heap else NEVER_NS
 
     def expire(self, now_ns: int) -> None:
         while self._heap and self._heap[0][0] <= now_ns:

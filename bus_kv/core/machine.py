@@ -459,9 +459,20 @@ class Machine(Protocol):
     def step(self, event: Event, now_ns: int) -> None: ...
 
     def on_deadline(self, now_ns: int) -> None:
-        """Called when `next_deadline_ns` has passed."""
+        """A deadline that `next_deadline_ns` told has passed; what has come since may have moved it."""
 
-    def next_deadline_ns(self) -> int | None: ...
+    def next_deadline_ns(self) -> int:
+        """NEVER_NS: not before something comes."""
+
+    def settle(self, now_ns: int) -> bool:
+        """Do what the effects of the last turn did not have to wait for, unless another turn has done it already.
+
+        True: it has effects of its own, so there has to be a turn.
+        """
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` has nothing to do."""
 
     def take_ready(self, now_ns: int) -> Ready: ...
 
@@ -470,14 +481,14 @@ class Machine(Protocol):
         """Whether enough was done since the last Ready: further events are for the next turn."""
 
 
-def turn(machine: Machine, inbox: deque[Event], now_ns: int) -> Ready:
+def turn(machine: Machine, inbox: deque[Event], now_ns: int, deadline_ns: int) -> Ready:
     """One pass, the same in production and in the simulator: step what waits, then take one Ready.
 
-    Events that are left in the inbox need another turn.
+    `deadline_ns` is what `next_deadline_ns` said after the turn before. Events that are left in the inbox need another
+    turn.
     """
     while inbox and not machine.is_full:
         machine.step(inbox.popleft(), now_ns)
-    deadline_ns = machine.next_deadline_ns()
-    if deadline_ns is not None and deadline_ns <= now_ns:
+    if deadline_ns <= now_ns:
         machine.on_deadline(now_ns)
     return machine.take_ready(now_ns)

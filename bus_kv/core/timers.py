@@ -11,26 +11,33 @@ class Timers:
 
     def __init__(self) -> None:
         self._deadlines_ns: dict[str, int] = {}
+        self.next_ns = NEVER_NS
+        """The earliest: it is asked for much more often than it changes."""
 
     def start(self, name: str, deadline_ns: int) -> None:
         self._deadlines_ns[name] = deadline_ns
+        self._changed()
 
     def start_once(self, name: str, deadline_ns: int) -> None:
         """Start it unless it runs already."""
-        self._deadlines_ns.setdefault(name, deadline_ns)
+        if name not in self._deadlines_ns:
+            self.start(name, deadline_ns)
 
     def stop(self, name: str) -> None:
-        self._deadlines_ns.pop(name, None)
+        if self._deadlines_ns.pop(name, None) is not None:
+            self._changed()
 
     def runs(self, name: str) -> bool:
         return name in self._deadlines_ns
 
-    def next_ns(self) -> int | None:
-        return min(self._deadlines_ns.values()) if self._deadlines_ns else None
+    def _changed(self) -> None:
+        self.next_ns = min(self._deadlines_ns.values(), default=NEVER_NS)
 
     def pop_due(self, now_ns: int) -> list[str]:
         """Names whose deadline has passed, in the order in which they were started."""
         due = [name for name, deadline_ns in self._deadlines_ns.items() if deadline_ns <= now_ns]
         for name in due:
             del self._deadlines_ns[name]
+        if due:
+            self._changed()
         return due

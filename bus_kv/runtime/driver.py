@@ -24,6 +24,7 @@ from bus_kv.core.machine import (
     Trim,
     turn,
 )  # fmt: skip
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import MILLISECOND_NS
 from bus_kv.runtime.nats_bus import BusError
 
@@ -75,6 +76,8 @@ class Driver:
         self._refuse, self._express = refuse, express
         self._inbox: deque[Event] = deque()
         self._inbox_max = inbox_messages_max
+        self._deadline_ns: int | None = None
+        """The machine's; None when it is to be asked again."""
         self._wake = asyncio.Event()
         self._turned = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -141,7 +144,8 @@ class Driver:
         await asyncio.sleep(0)
 
     async def _turn(self, inbox: deque[Event]) -> None:
-        ready = turn(self.machine, inbox, self._clock.now_ns())
+        ready = turn(self.machine, inbox, self._clock.now_ns(), self._next_ns())
+        self._deadline_ns = None
         leaving: list[Subscription] = []
         reads: list[LogRead | CutsRead] = []
         for effect in ready.effects:
@@ -171,15 +175,28 @@ class Driver:
 
     async def _wait(self) -> None:
         """Until something was offered or the machine's deadline has come."""
-        if not (self._wake.is_set() or self._inbox):
-            deadline_ns = self.machine.next_deadline_ns()
-            if deadline_ns is not None:
+        if not (self._is_offered or self.machine.is_settled):
+            await asyncio.sleep(0)  # the log's thread goes first: it has an fsync to begin
+            if not self._is_offered and self.machine.settle(self._clock.now_ns()):
+                self._wake.set()
+        if not self._is_offered:
+            deadline_ns = self._next_ns()
+            if deadline_ns < NEVER_NS:
                 self._ring_at(deadline_ns)
             await self._wake.wait()
-            if deadline_ns is not None and self._clock.now_ns() - deadline_ns > LATE_NS:
+            if self._clock.now_ns() - deadline_ns > LATE_NS:
                 # This process was held up. Answers wait in its socket: they are heard before anybody is called silent.
                 await asyncio.sleep(LATE_PAUSE_S)
         self._wake.clear()
+
+    @property
+    def _is_offered(self) -> bool:
+        return self._wake.is_set() or bool(self._inbox)
+
+    def _next_ns(self) -> int:
+        if self._deadline_ns is None:
+            self._deadline_ns = self.machine.next_deadline_ns()
+        return self._deadline_ns
 
     def _ring_at(self, deadline_ns: int) -> None:
         """Wake the machine then, or sooner."""

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import (
     BusKVError,
     KeyspaceUnknown,
@@ -196,8 +197,8 @@ class Admin:
         elif item.verb == "restore":
             heard.restoring = False
 
-    def next_ns(self) -> int | None:
-        return self._pending[0].deadline_ns if self._pending else None
+    def next_ns(self) -> int:
+        return self._pending[0].deadline_ns if self._pending else NEVER_NS
 
 
 def _cluster_settings(fields: dict[str, Any], now: Settings) -> Settings:

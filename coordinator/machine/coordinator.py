@@ -24,7 +24,7 @@ from bus_kv.core.machine import (
     Stored,
     StoreGet,
 )  # fmt: skip
-from bus_kv.core.timers import Timers
+from bus_kv.core.timers import NEVER_NS, Timers
 from bus_kv.errors import BusKVError
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol.codec import (
@@ -172,19 +172,22 @@ class CoordinatorMachine:
                 self._ask_around()
         self._detector.on_deadline(now_ns)
 
-    def next_deadline_ns(self) -> int | None:
-        candidates = [
-            self._timers.next_ns(), self.lease.next_deadline_ns(), self._admin.next_ns(),
+    def next_deadline_ns(self) -> int:
+        return min(
+            self._timers.next_ns, self.lease.next_deadline_ns(), self._admin.next_ns(),
             self._detector.next_deadline_ns(),
-        ]  # fmt: skip
-        return min((c for c in candidates if c is not None), default=None)
+        )  # fmt: skip
 
-    is_full = False
+    def settle(self, now_ns: int) -> bool:
+        del now_ns
+        return False
+
+    is_full, is_settled = False, True
 
     @property
     def has_orders(self) -> bool:
         """Whether an operator waits for something to come into effect."""
-        return self._admin.next_ns() is not None
+        return self._admin.next_ns() < NEVER_NS
 
     def take_ready(self, now_ns: int) -> Ready:
         self.now_ns = now_ns

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.knobs import MILLISECOND_NS, SECOND_NS
 
 if TYPE_CHECKING:
@@ -215,18 +216,18 @@ class Detector:
         for seen in self._seen.values():
             seen.waited_ns = now_ns
 
-    def next_deadline_ns(self) -> int | None:
+    def next_deadline_ns(self) -> int:
         candidates = [suspicion.due_ns for suspicion in self.suspicions.values()]
         for node, seen in self._seen.items():
             if node not in self.down:
                 candidates.append(seen.waited_ns + self._patience_ns)
             if node in self.held:
                 candidates.append(seen.held_until_ns)
-        return min(candidates, default=None)
+        return min(candidates, default=NEVER_NS)
 
     def on_deadline(self, now_ns: int) -> None:
         deadline_ns = self.next_deadline_ns()
-        if deadline_ns is None or now_ns < deadline_ns:
+        if now_ns < deadline_ns:
             return
         if now_ns - deadline_ns > LATE_NS:
             self.was_away(now_ns)

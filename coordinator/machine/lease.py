@@ -39,8 +39,8 @@ class Lease:
     def start(self, now_ns: int) -> list[Effect]:
         return self._read(now_ns)
 
-    def next_deadline_ns(self) -> int | None:
-        return self._timers.next_ns()
+    def next_deadline_ns(self) -> int:
+        return self._timers.next_ns
 
     def on_deadline(self, now_ns: int) -> list[Effect]:
         """Renew, look again, or give up on an answer."""

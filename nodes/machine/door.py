@@ -46,7 +46,7 @@ class Door:
         """Whether a page is under way."""
         return len(self._pages) > 0
 
-    def next_deadline_ns(self) -> int | None:
+    def next_deadline_ns(self) -> int:
         return self._pages.next_ns()
 
     def on_deadline(self, now_ns: int) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.circuit import Circuit
 from bus_kv.core.fate import Fate
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import (
     BusKVError,
     Internal,
@@ -493,10 +494,10 @@ class Gateway:
 
     # ---- time ----
 
-    def next_deadline_ns(self) -> int | None:
+    def next_deadline_ns(self) -> int:
         while self._wakes and self._wakes[0][1] not in self._parts:
             heapq.heappop(self._wakes)
-        return self._wakes[0][0] if self._wakes else None
+        return self._wakes[0][0] if self._wakes else NEVER_NS
 
     def on_deadline(self, now_ns: int) -> None:
         while self._wakes and self._wakes[0][0] <= now_ns:

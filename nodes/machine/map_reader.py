@@ -74,8 +74,8 @@ class MapReader:
         for answer in waiters:
             answer(result)
 
-    def next_deadline_ns(self) -> int | None:
-        return self._timers.next_ns()
+    def next_deadline_ns(self) -> int:
+        return self._timers.next_ns
 
     def on_deadline(self, now_ns: int) -> None:
         for name in self._timers.pop_due(now_ns):

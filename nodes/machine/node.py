@@ -302,18 +302,22 @@ class NodeMachine:
         self.door.on_deadline(now_ns)
         self.replicas.on_deadline(now_ns)
 
-    def next_deadline_ns(self) -> int | None:
-        candidates = [
-            self._timers.next_ns(),
-            self._gateway.next_deadline_ns(),
-            self.sql.next_deadline_ns(),
-            self.snapshots.next_deadline_ns(),
-            self._wipes.next_deadline_ns(),
-            self.door.next_deadline_ns(),
-            self._map_reader.next_deadline_ns(),
+    def next_deadline_ns(self) -> int:
+        return min(
+            self._timers.next_ns, self._gateway.next_deadline_ns(), self.sql.next_deadline_ns(),
+            self.snapshots.next_deadline_ns(), self._wipes.next_deadline_ns(),
+            self.door.next_deadline_ns(), self._map_reader.next_deadline_ns(),
             self.replicas.next_deadline_ns(),
-        ]
-        return min((c for c in candidates if c is not None), default=None)
+        )  # fmt: skip
+
+    def settle(self, now_ns: int) -> bool:
+        self.now_ns = now_ns
+        self.replicas.settle()
+        return bool(self._effects)
+
+    @property
+    def is_settled(self) -> bool:
+        return self.replicas.are_settled
 
     @property
     def is_full(self) -> bool:
@@ -336,6 +340,7 @@ class NodeMachine:
             if trim is not None:
                 self._effects.append(trim)
             self._effects += self.links.end_turn(replica)
+            self.replicas.looked_at(replica)
         append = None
         is_new_map = self.map is not self._handed_map
         if entries or rows or self._after_rows or is_new_map:

@@ -536,6 +536,11 @@ class Replica:
         self._due += self._soon
         self._soon = []
 
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is left for `settle`."""
+        return not self._due and self._committed_seq <= self.commit_seq
+
     def settle(self) -> None:
         """Before anything else in a turn: apply what is committed and have it folded; do what was to be done soon."""
         if self._committed_seq > self.commit_seq:
@@ -610,7 +615,6 @@ class Replica:
         is_leading = replication is not None and self.status is not Status.OPENING
         return min(
             self._ones.next_ns, self._writes.next_ns, self._reads.next_ns, self._alls.next_ns,
-            self.now_ns + 1 if self._due or self._committed_seq > self.commit_seq else NEVER_NS,
             self.writer.next_ns(), self.folder.next_ns(), self.pull.next_ns(), self.cuts.next_ns(),
             self.expiry.next_ns() if is_active else NEVER_NS,
             replication.next_ns() if replication is not None and is_leading else NEVER_NS,

@@ -21,8 +21,10 @@ class Replicas:
         self._held: dict[str, Replica] = {}
         self._touched: set[str] = set()
         """To be looked at in this turn."""
-        self._unplanned: dict[str, bool] = {}
-        """Whose next deadline is to be asked for again; True: it was put off once."""
+        self._unsettled: set[str] = set()
+        """Which have left something to be done after the last turn, and were not touched since."""
+        self._unplanned: set[str] = set()
+        """Whose next deadline is to be asked for again."""
         self._deadlines_ns: dict[str, int] = {}
 
     def put(self, replica: Replica) -> None:
@@ -44,7 +46,8 @@ class Replicas:
     def touch(self, shard: str) -> None:
         """Something has come for this replica, or it is about to be changed: what is committed is applied by then."""
         self._touched.add(shard)
-        self._unplanned.setdefault(shard, False)
+        self._unplanned.add(shard)
+        self._unsettled.discard(shard)
         self._held[shard].settle()
 
     def values(self) -> ValuesView[Replica]:
@@ -65,21 +68,31 @@ class Replicas:
             self[shard].on_deadline(now_ns)
 
     def take_touched(self) -> list[Replica]:
-        """Those that this turn has to look at."""
+        """Those that this turn has to look at: also those for which there was no time after the last one."""
+        for shard in [*self._unsettled]:
+            self.touch(shard)
         touched, self._touched = self._touched, set()
         return [replica for shard, replica in self._held.items() if shard in touched]
 
-    def next_deadline_ns(self) -> int | None:
-        """When the next of them has to be looked at although nothing has come for it.
+    def looked_at(self, replica: Replica) -> None:
+        """Its part of the turn is over."""
+        if not replica.is_settled:
+            self._unsettled.add(replica.shard.id)
 
-        One that is touched is looked at anyway, and asked afterwards, when its deadline is another one.
-        """
-        unplanned, self._unplanned = self._unplanned, {}
-        for shard, was_put_off in unplanned.items():
-            if shard in self._touched:
-                self._unplanned[shard] = not was_put_off
-                if not was_put_off:
-                    continue
+    @property
+    def are_settled(self) -> bool:
+        return not self._unsettled
+
+    def settle(self) -> None:
+        """Do what the last turn has left to be done after it."""
+        unsettled, self._unsettled = self._unsettled, set()
+        self._unplanned |= unsettled
+        for shard in [shard for shard in self._held if shard in unsettled]:
+            self._held[shard].settle()
+
+    def next_deadline_ns(self) -> int:
+        """When the next of them has to be looked at although nothing has come for it."""
+        unplanned, self._unplanned = self._unplanned, set()
+        for shard in unplanned:
             self._deadlines_ns[shard] = self._held[shard].next_deadline_ns()
-        earliest_ns = min(self._deadlines_ns.values(), default=NEVER_NS)
-        return None if earliest_ns >= NEVER_NS else earliest_ns
+        return min(self._deadlines_ns.values(), default=NEVER_NS)

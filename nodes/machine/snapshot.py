@@ -190,8 +190,8 @@ class Snapshots:
 
     # ---- deadlines ----
 
-    def next_deadline_ns(self) -> int | None:
-        return self._timers.next_ns()
+    def next_deadline_ns(self) -> int:
+        return self._timers.next_ns
 
     def on_deadline(self, now_ns: int) -> None:
         for shard in self._timers.pop_due(now_ns):

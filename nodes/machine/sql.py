@@ -141,8 +141,8 @@ class SqlGateway:
             self._asked = {c: i for c, i in self._asked.items() if i != id}
         self._calls.pop(id).answer(outcome)
 
-    def next_deadline_ns(self) -> int | None:
-        return self._timers.next_ns()
+    def next_deadline_ns(self) -> int:
+        return self._timers.next_ns
 
     def on_deadline(self, now_ns: int) -> None:
         for id in self._timers.pop_due(now_ns):

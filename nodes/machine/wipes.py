@@ -34,8 +34,8 @@ class Wipes:
             due_ns = self._node.now_ns + int(self._node.knobs.wipe_after_s * SECOND_NS)
             self._timers.start_once(shard, due_ns)
 
-    def next_deadline_ns(self) -> int | None:
-        return self._timers.next_ns()
+    def next_deadline_ns(self) -> int:
+        return self._timers.next_ns
 
     def on_deadline(self, now_ns: int) -> None:
         for shard in self._timers.pop_due(now_ns):

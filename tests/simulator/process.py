@@ -30,6 +30,7 @@ from bus_kv.core.machine import (
     Trim,
     turn,
 )  # fmt: skip
+from bus_kv.core.timers import NEVER_NS
 from tests.simulator.world import MICROSECOND_NS, SECOND_NS, Violation
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from tests.simulator.world import World
 
 TURN_NS = (10 * MICROSECOND_NS, 300 * MICROSECOND_NS)
+SETTLE_NS = (0, 100 * MICROSECOND_NS)
 
 
 class Process:
@@ -85,7 +87,7 @@ class Process:
         self.alive = True
         self.machine = machine
         self.inbox = deque()
-        self._turn_due, self._wake_ns = False, None
+        self._turn_due, self._wake_ns, self._deadline_ns = False, None, NEVER_NS
         self._skew_ns = self._random.randint(-5, 5) * SECOND_NS
         self.paused_until_ns = 0
         self.world.note(self.name, f"starts life {self.life}")
@@ -139,7 +141,7 @@ class Process:
         if self.world.now_ns < self.paused_until_ns:
             return self.world.at(self.paused_until_ns, lambda: self._turn(life))
         self._turn_due = False
-        ready = turn(self.machine, self.inbox, self.now_ns)
+        ready = turn(self.machine, self.inbox, self.now_ns, self._deadline_ns)
         if ready.append is not None:
             assert self.disk is not None
             self.disk.append(ready.append)
@@ -147,13 +149,26 @@ class Process:
             self._perform(effect)
         self.after_turn(ready)
         self._arm()
+        if not self.machine.is_settled:
+            delay_ns = self._random.randint(*SETTLE_NS)
+            self.world.at(self.world.now_ns + delay_ns, lambda: self._settle(life))
         if self.inbox:
             self.schedule()
         return None
 
+    def _settle(self, life: int) -> None:
+        """Unless another turn has come before."""
+        if life != self.life or not self.alive:
+            return
+        if self.world.now_ns < self.paused_until_ns:
+            return self.world.at(self.paused_until_ns, lambda: self._settle(life))
+        if self.machine.settle(self.now_ns):
+            self.schedule()
+        return self._arm()
+
     def _arm(self) -> None:
-        deadline_ns = self.machine.next_deadline_ns()
-        if deadline_ns is None or (self._wake_ns is not None and self._wake_ns <= deadline_ns):
+        self._deadline_ns = deadline_ns = self.machine.next_deadline_ns()
+        if deadline_ns >= NEVER_NS or (self._wake_ns is not None and self._wake_ns <= deadline_ns):
             return
         self._wake_ns, life = deadline_ns, self.life
         self.world.at(deadline_ns - self._skew_ns, lambda: self._on_wake(life))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.errors import BusKVError, OutcomeUnknown, ShardUnavailable
 from bus_kv.knobs import Knobs
 from bus_kv.protocol.codec import encode_cbor, encode_json
@@ -55,7 +56,7 @@ def test_an_order_is_answered_once_it_is_in_effect(
     assert desk.answers == []
     desk.admin.look(done, 2)
     assert desk.codes == ["OK"]
-    assert desk.admin.next_ns() is None
+    assert desk.admin.next_ns() == NEVER_NS
 
 
 @pytest.mark.parametrize(("verb", "fields", "done"), ORDERS)
@@ -70,7 +71,7 @@ def test_an_order_that_takes_too_long_is_forgotten_also_by_a_coordinator_that_le
     desk.admin.look(shard_map() if leads else None, WAIT_NS)
     (late,) = desk.answers
     assert isinstance(late, OutcomeUnknown)
-    assert desk.admin.next_ns() is None
+    assert desk.admin.next_ns() == NEVER_NS
     heard = desk.heard
     assert (heard.failovers, heard.transfers, heard.settings) == (set(), {}, {})
 
@@ -96,7 +97,7 @@ def test_what_cannot_be_done_is_refused_at_once(
     desk = Desk()
     desk.ask(verb, **fields)
     assert desk.codes == [code]
-    assert desk.admin.next_ns() is None
+    assert desk.admin.next_ns() == NEVER_NS
 
 
 def test_without_a_map_nothing_is_taken_on() -> None:

@@ -1,6 +1,7 @@
 """An answer is given once: by whoever works on it, or at its deadline."""
 
 from bus_kv.core.deadlines import Deadlines
+from bus_kv.core.timers import NEVER_NS
 
 
 def test_the_one_who_works_on_it_answers():
@@ -11,7 +12,7 @@ def test_the_one_who_works_on_it_answers():
     deadlines.expire(10)
     answered("again")
     assert answers == ["done"]
-    assert (len(deadlines), deadlines.next_ns()) == (0, None)
+    assert (len(deadlines), deadlines.next_ns()) == (0, NEVER_NS)
 
 
 def test_at_the_deadline_it_is_answered_all_the_same():

@@ -49,7 +49,7 @@ class Watch:
         """Time goes by; `beating` send heartbeats, all deadlines are met."""
         end_ns = self.now_ns + int(seconds * SECOND_NS)
         while True:
-            deadline_ns = self.detector.next_deadline_ns() or end_ns
+            deadline_ns = self.detector.next_deadline_ns()
             self.now_ns = min(max(deadline_ns, self.now_ns), self.beat_ns, end_ns)
             if self.now_ns == self.beat_ns:
                 for node in beating:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from bus_kv.core.machine import Append, Halt, LogRead, Publish, Ready, Received, Subscribe
+from bus_kv.core.timers import NEVER_NS
 from bus_kv.runtime.clock import Clock
 from bus_kv.runtime.driver import Driver
 
@@ -16,23 +17,26 @@ from bus_kv.runtime.driver import Driver
 class Patient:
     """A machine that waits for a message until a deadline, and halts when either has come."""
 
-    is_full = False
+    is_full, is_settled = False, True
 
-    def __init__(self, deadline_ns: int) -> None:
-        self.deadline_ns: int | None = deadline_ns
+    def __init__(self, deadline_ns: int = NEVER_NS) -> None:
+        self.deadline_ns = deadline_ns
         self.seen: list[str] = []
 
     def step(self, event: Any, now_ns: int) -> None:
         del now_ns
         self.seen.append(event.name)
-        self.deadline_ns = None
+        self.deadline_ns = NEVER_NS
 
     def on_deadline(self, now_ns: int) -> None:
-        del now_ns
-        self.seen.append("deadline")
+        if self.deadline_ns <= now_ns:
+            self.seen.append("deadline")
 
-    def next_deadline_ns(self) -> int | None:
+    def next_deadline_ns(self) -> int:
         return self.deadline_ns
+
+    def settle(self, now_ns: int) -> bool:
+        raise AssertionError("nothing is left to settle")
 
     def take_ready(self, now_ns: int) -> Ready:
         del now_ns
@@ -73,8 +77,7 @@ class Restless(Patient):
     """Listens on two shards, then no more, then anew, in a turn each, and halts."""
 
     def __init__(self) -> None:
-        super().__init__(0)
-        self.deadline_ns = None
+        super().__init__()
         self.turns = 0
 
     def take_ready(self, now_ns: int) -> Ready:
@@ -121,10 +124,6 @@ async def test_a_subject_is_left_before_it_is_joined_again() -> None:
 class Writing(Patient):
     """Asks for its log, publishes, appends, and halts, in one turn."""
 
-    def __init__(self) -> None:
-        super().__init__(0)
-        self.deadline_ns = None
-
     def take_ready(self, now_ns: int) -> Ready:
         del now_ns
         read = LogRead(1, "s1", (0, 0), 100)
@@ -159,3 +158,36 @@ async def test_entries_leave_for_the_others_before_the_own_disk_has_them() -> No
     driver.wake()
     await driver.run()
     assert both.done == ["published", "left", "append 1", "read s1"]
+
+
+class Lazy(Patient):
+    """Leaves something to be done after its first turn, which makes it say something in a second one, and halts."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events, self.is_settled = events, True
+        self.turns = 0
+
+    def step(self, event: Any, now_ns: int) -> None:
+        self.is_settled = False
+
+    def settle(self, now_ns: int) -> bool:
+        self.is_settled = True
+        self.events.append("settled")
+        return True
+
+    def take_ready(self, now_ns: int) -> Ready:
+        self.turns += 1
+        if self.turns == 1:
+            return Ready([Publish("answer", b"")], Append(1, [], []))
+        return Ready([Publish("more", b""), Halt(0, "")])
+
+
+async def test_what_can_wait_is_done_when_the_effects_have_left() -> None:
+    both = Recording()
+    driver = Driver(
+        Lazy(both.done), cast("Any", both), Clock(), inbox_messages_max=10, log=cast("Any", both)
+    )
+    driver.offer(Received("shard", "s1", b"", "", None))
+    await driver.run()
+    assert both.done == ["published", "left", "append 1", "settled", "published", "left"]
