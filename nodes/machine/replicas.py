@@ -88,7 +88,9 @@ class Replicas:
         unsettled, self._unsettled = self._unsettled, set()
         self._unplanned |= unsettled
         for shard in [shard for shard in self._held if shard in unsettled]:
-            self._held[shard].settle()
+            replica = self._held[shard]
+            replica.settle()
+            replica.loader.take_wanted()  # no turn need follow
 
     def next_deadline_ns(self) -> int:
         """When the next of them has to be looked at although nothing has come for it."""

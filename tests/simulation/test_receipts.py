@@ -81,11 +81,14 @@ class Writer:
 
     def inquire(self, version: tuple[int, int]) -> Told:
         """Ask; what is returned is filled in with the answer."""
-        fields = {"shard": "s1", "version": [*version]}
         told = Told(version, self.world.now_ns)
+        self.call(told)
+        return told
+
+    def call(self, told: Told) -> None:
+        fields = {"shard": "s1", "version": [*told.version]}
         self.session.call("receipt", fields, told, self.process.now_ns)
         self.process.schedule()
-        return told
 
     def done(self, tokens: Any, outcomes: Any) -> None:
         for token, outcome in zip(tokens, outcomes, strict=True):
@@ -98,6 +101,8 @@ class Writer:
         if isinstance(outcome, dict):
             told.answered_ns, told.state = self.world.now_ns, outcome["state"]
             self.told.append(told)
+        elif self.stopped:
+            self.call(told)  # a takeover may have begun in the moment of healing
 
     def on_put(self, outcome: Any) -> None:
         if isinstance(outcome, Receipt) and outcome.version is not None:

@@ -18,6 +18,7 @@ from bus_kv.core.machine import (
     Publish,
     RangeCount,
     RangeRead,
+    Ready,
     Received,
     Request,
     RequestsOf,
@@ -36,7 +37,7 @@ from tests.simulator.world import MICROSECOND_NS, SECOND_NS, Violation
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bus_kv.core.machine import Event, Machine, Ready
+    from bus_kv.core.machine import Event, Machine
     from tests.simulator.bus import Bus
     from tests.simulator.disk import Disk
     from tests.simulator.store import Store
@@ -157,13 +158,14 @@ class Process:
         return None
 
     def _settle(self, life: int) -> None:
-        """Unless another turn has come before."""
+        """Unless another turn has done it."""
         if life != self.life or not self.alive:
             return
         if self.world.now_ns < self.paused_until_ns:
             return self.world.at(self.paused_until_ns, lambda: self._settle(life))
         if self.machine.settle(self.now_ns):
             self.schedule()
+        self.after_turn(Ready())
         return self._arm()
 
     def _arm(self) -> None:
