@@ -1,0 +1,51 @@
+"""What a turn has left to be done after it: by the driver at once, or by the next turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from bus_kv.core.machine import Lookup
+from nodes.machine.key_filter import KeyFilter
+from nodes.machine.replicas import Replicas
+from tests.support.trio import Trio
+
+
+@pytest.fixture
+def trio() -> Trio:
+    trio = Trio()
+    trio.serve()
+    return trio
+
+
+def reading(trio: Trio) -> Replicas:
+    """The replicas of n1 after a turn in which it was asked for a key that may be on its disk."""
+    replica, replicas = trio.nodes["n1"].replica, Replicas()
+    replica.table.filter = KeyFilter(1, complete=False)
+    replicas.put(replica)
+    trio.get("n1", b"k")
+    assert replicas.take_touched() == [replica]
+    replica.end_turn()
+    replicas.looked_at(replica)
+    assert not replicas.are_settled
+    return replicas
+
+
+def asked_for(trio: Trio) -> list[list[bytes]]:
+    return [query.whole for query, _ in trio.nodes["n1"].asked if isinstance(query, Lookup)]
+
+
+def test_a_read_that_misses_memory_asks_the_disk_without_another_turn(trio: Trio) -> None:
+    replicas = reading(trio)
+    assert asked_for(trio) == []
+    replicas.settle()
+    assert replicas.are_settled
+    assert asked_for(trio) == [[b"k"]]
+
+
+def test_what_there_was_no_time_for_is_done_in_the_next_turn(trio: Trio) -> None:
+    """That looks at other replicas: this one must not wait until somebody reaches for it."""
+    replicas = reading(trio)
+    (replica,) = replicas.take_touched()
+    replica.end_turn()
+    assert replicas.are_settled
+    assert asked_for(trio) == [[b"k"]]
