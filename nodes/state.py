@@ -273,7 +273,7 @@ class StateStore:
                     failure = self._write_until_done(fold)
                     self._rests_ns = self._clock.now_ns() + int(CHECKPOINT_REST_S * SECOND_NS)
                     self._on_event(Answered(fold.ticket, failure=failure))
-                    _let_go(fold)
+                    self._let_go(fold)
                 self._look_after()
             if self._file.wal_bytes():
                 self._checkpoint()
@@ -326,6 +326,15 @@ class StateStore:
             mark = Mark() if not effect.table and effect.mark is None else effect.mark
             if mark is not None:
                 self._file.known = {**known, effect.shard: mark}
+
+    def _let_go(self, effect: Fold | Load) -> None:
+        """Bit by bit, with pauses: freeing all of it in one go would keep the interpreter from as many turns."""
+        freed = 0
+        while isinstance(effect, Fold) and effect.batches and not self._closing.is_set():
+            freed += len(effect.batches.pop().batch)
+            if freed >= FREED_AT_ONCE:
+                freed = 0
+                time.sleep(FREEING_PAUSE_S)
 
     def _table(self, fold: Fold | Load) -> ShardTable:
         """Of a shard; new ones are made for all that wait, as they are not left to the replay of the file's log."""
@@ -397,7 +406,10 @@ class StateStore:
         except duckdb.TransactionException as error:
             log.info("checkpoint put off: %s", first_line(error))
         except OSError as error:
-            log.warning("checkpoint put off: %s", explain(self.path, error))
+            problem = explain(self.path, error)
+            if not isinstance(problem, DiskFull):
+                raise problem from None
+            log.warning("checkpoint put off: %s", problem)
         except duckdb.Error as error:
             if is_corruption(error):
                 raise explain(self.path, error) from None
@@ -414,16 +426,6 @@ class StateStore:
             self._on_event(Checkpointed({shard: mark.last for shard, mark in marks.items()}))
             return
         self._checkpoint_not_before_ns = self._clock.now_ns() + int(CHECKPOINT_RETRY_S * SECOND_NS)
-
-
-def _let_go(effect: Fold | Load) -> None:
-    """Bit by bit, with pauses: freeing all of it in one go would keep the interpreter from as many turns."""
-    freed = 0
-    while isinstance(effect, Fold) and effect.batches:
-        freed += len(effect.batches.pop().batch)
-        if freed >= FREED_AT_ONCE:
-            freed = 0
-            time.sleep(FREEING_PAUSE_S)
 
 
 class _Closed(Exception):

@@ -38,8 +38,8 @@ from nodes.state_undo import (
     BLOCK_BYTES,
     UNDO_SUFFIX,
     UNFINISHED_SUFFIX,
+    Undo,
     forget,
-    keep,
     undo_unfinished,
 )  # fmt: skip
 
@@ -111,6 +111,7 @@ class StateFile:
                 if goes_on is not None and _last_checkpoint_suffices(directory, goes_on):
                     _drop_wal(directory)
             self._instance = self._open(directory, memory_mb)
+            self._undo = Undo(self.path)
         except (duckdb.Error, OSError) as error:
             raise explain(self.path, error) from None
         try:
@@ -252,9 +253,9 @@ class StateFile:
 
     def checkpoint(self) -> None:
         """Raises duckdb.Error; or OSError when it has not begun."""
-        keep(self.path, self._instance)
+        self._undo.keep(self._instance)
         self._instance.execute("CHECKPOINT state")
-        forget(self.path)
+        self._undo.forget()
 
     def do(self, work: Callable[[DuckDBPyConnection], object]) -> None:
         """Do it in one transaction. Raises duckdb.Error."""
@@ -285,6 +286,7 @@ class StateFile:
     def close(self) -> None:
         with self._guard:
             self._instance.close()
+            self._undo.close()
 
 
 def _clear(directory: Path) -> None:
@@ -318,6 +320,9 @@ def _last_checkpoint_suffices(directory: Path, goes_on: GoesOn) -> bool:
     try:
         with duckdb.connect(":memory:") as db:
             db.execute(f"ATTACH {_quoted(str(peek))} AS state (READ_ONLY)")
+            version = "SELECT value FROM state.meta WHERE name = 'format_version'"
+            if db.execute(version).fetchall() != [(str(FORMAT_VERSION),)]:
+                return False
             marks = _marks(db)
     except duckdb.Error:
         return False  # what is wrong will be told when the file is opened

@@ -27,8 +27,11 @@ TABLES = ("kv", "oplog", "oplog_parts", "requests", "clients")
 BY_NUMBER = ("oplog", "oplog_parts")
 """Tables that know a shard by its number, which is another one in every state."""
 _ORDER = {
-    "kv": "key", "oplog": "seq", "oplog_parts": "last", "requests": "first_seq", "clients": "client"
+    "kv": ("key",), "oplog": ("seq", "epoch"), "oplog_parts": ("last",),
+    "requests": ("first_seq", "epoch", "client", "first"), "clients": ("client",),
 }  # fmt: skip
+"""No two rows of a shard have the same: what was rolled back has the seq of what came in its place, and a batch of
+which nothing was applied begins where the next one does."""
 _SEQ = {"kv": "seq", "oplog": "seq", "oplog_parts": "last", "requests": "first_seq"}
 
 
@@ -46,7 +49,8 @@ def read_chunk(
     rows = _rows(db, table, query, (name, part, parts, after))
     chunk, taken = _fitting(rows, query.bytes_max)
     if taken < rows.num_rows:
-        return [name, chunk, [name, part, parts, rows[_ORDER[name]][taken - 1].as_py()]]
+        reached = rows.slice(taken - 1, 1).select(_ORDER[name]).to_pylist()[0]
+        return [name, chunk, [name, part, parts, [*reached.values()]]]
     if part + 1 < parts:
         return [name, chunk, [name, part + 1, parts, None]]
     following = TABLES[TABLES.index(name) + 1 :]
@@ -83,13 +87,12 @@ def _rows(
     if name in _SEQ:
         conditions.append(f"{_SEQ[name]} <= ?")
         parameters.append(query.last)
+    order = ", ".join(_ORDER[name])
     if after is not None:
-        conditions.append(f"{_ORDER[name]} > ?")
-        parameters.append(after)
+        conditions.append(f"({order}) > ({', '.join('?' * len(after))})")
+        parameters += after
     source = table.name if name == "kv" else name
-    statement = (
-        f"SELECT * FROM state.{source} WHERE {' AND '.join(conditions)} ORDER BY {_ORDER[name]}"
-    )
+    statement = f"SELECT * FROM state.{source} WHERE {' AND '.join(conditions)} ORDER BY {order}"
     rows: Any = db.sql(statement, params=parameters).to_arrow_table()
     return rows
 
@@ -136,13 +139,16 @@ def write_chunk(db: DuckDBPyConnection, load: Load, table: ShardTable) -> None:
         return  # of a shard of which the source has written nothing
     rows = pa.ipc.open_stream(load.chunk).read_all()
     target = table.name if load.table == "kv" else load.table
+    described = db.execute(f"SELECT * FROM state.{target} LIMIT 0").description or []
+    if rows.column_names != [column[0] for column in described]:
+        raise ValueError("the source has another format: it runs another release than this node")
     # Not within the transaction: what is aborted can only be rolled back.
     db.register("chunk", rows)
     try:
         own = [f"{table.number} AS shard_number"] if load.table in BY_NUMBER else []
         if load.table == "oplog":
             own.append(f"{key_hash('key')} AS key_hash")  # the source may compute another one
-        columns = f"* REPLACE ({', '.join(own)})" if own else "*"
-        db.execute(f"INSERT INTO state.{target} SELECT {columns} FROM chunk")
+        chosen = f"* REPLACE ({', '.join(own)})" if own else "*"
+        db.execute(f"INSERT INTO state.{target} SELECT {chosen} FROM chunk")
     finally:
         db.unregister("chunk")

@@ -11,6 +11,7 @@ been completed since, and the blocks of the copy belong where they were.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -29,31 +30,55 @@ UNFINISHED_SUFFIX = ".undo.new"
 _ID_BYTES = 8
 
 
-def keep(path: Path, db: DuckDBPyConnection) -> None:
-    """To be called before every checkpoint of the file, attached as `state`. Raises OSError and duckdb.Error."""
-    rows = db.execute("SELECT block_id FROM pragma_metadata_info('state')").fetchall()
-    unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
-    with path.open("rb") as state, unfinished.open("wb") as undo:
-        undo.write(state.read(HEADERS_BYTES))
-        for (block_id,) in rows:
-            state.seek(_place(block_id))
-            block = state.read(BLOCK_BYTES)
-            if len(block) == BLOCK_BYTES:  # else it has never been written
-                undo.write(block_id.to_bytes(_ID_BYTES, "little") + block)
-        undo.flush()
-        os.fsync(undo.fileno())
-    unfinished.rename(path.with_name(path.name + UNDO_SUFFIX))
-    sync_directory(path.parent)
+class Undo:
+    """Of an attached file. It stays open until `close`: closing any descriptor of a file gives up all locks that the
+    process has on it, DuckDB's too."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._path = path
+        self._state = os.open(path, os.O_RDONLY)
+
+    def keep(self, db: DuckDBPyConnection) -> None:
+        """To be called before every checkpoint of the file, attached as `state`. Raises OSError and duckdb.Error."""
+        rows = db.execute("SELECT block_id FROM pragma_metadata_info('state')").fetchall()
+        unfinished = _beside(self._path, UNFINISHED_SUFFIX)
+        try:
+            with unfinished.open("wb") as undo:
+                undo.write(os.pread(self._state, HEADERS_BYTES, 0))
+                for (block_id,) in rows:
+                    block = os.pread(self._state, BLOCK_BYTES, _place(block_id))
+                    if len(block) == BLOCK_BYTES:  # else it has never been written
+                        undo.write(block_id.to_bytes(_ID_BYTES, "little") + block)
+                undo.flush()
+                os.fsync(undo.fileno())
+            unfinished.rename(_beside(self._path, UNDO_SUFFIX))
+            sync_directory(self._path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(
+                    missing_ok=True
+                )  # where there is no space, others need what it took
+            raise
+
+    def forget(self) -> None:
+        """The checkpoint is complete."""
+        forget(self._path)
+
+    def close(self) -> None:
+        """To be called when the file is not attached any more."""
+        os.close(self._state)
 
 
 def forget(path: Path) -> None:
-    """The checkpoint is complete. Raises OSError."""
-    path.with_name(path.name + UNDO_SUFFIX).unlink(missing_ok=True)
+    """A copy that stays all the same is of other headers, and not used."""
+    with contextlib.suppress(OSError):
+        _beside(path, UNDO_SUFFIX).unlink(missing_ok=True)
 
 
 def undo_unfinished(path: Path) -> None:
-    """Undo what a checkpoint has begun and not completed; to be called before the file is read. Raises OSError."""
-    kept = path.with_name(path.name + UNDO_SUFFIX)
+    """Undo what a checkpoint has begun and not completed; while the file is not attached. Raises OSError."""
+    kept = _beside(path, UNDO_SUFFIX)
     if not kept.exists():
         return
     with path.open("r+b") as state, kept.open("rb") as undo:
@@ -68,3 +93,7 @@ def undo_unfinished(path: Path) -> None:
 
 def _place(block_id: int) -> int:
     return HEADERS_BYTES + block_id * BLOCK_BYTES
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)

@@ -80,7 +80,7 @@ class Loader:
         self.want(heads, whole, resume, is_open)
 
     def take_wanted(self) -> None:
-        """At the end of a turn: ask for what was missed in it."""
+        """At the end of a turn, or of what was done after it: ask for what was missed."""
         if self._busy:
             return
         self._wants = [want for want in self._wants if want.is_open()]

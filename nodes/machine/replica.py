@@ -108,7 +108,7 @@ class Replica:
         self.tail = Tail((mark.epoch, mark.last))
         self.commit_seq = mark.last
         self._committed_seq = mark.last
-        """Known to be committed: applied in the next turn, when what this one says has left."""
+        """Known to be committed: applied when what this turn says has left."""
         self.durable_seq = mark.last
         self.time_ms = mark.time_ms
         """Log time at the end of the log."""
@@ -542,7 +542,7 @@ class Replica:
         return not self._due and self._committed_seq <= self.commit_seq
 
     def settle(self) -> None:
-        """Before anything else in a turn: apply what is committed and have it folded; do what was to be done soon."""
+        """Apply what is committed, and do what was to be done soon; before anybody looks at the replica again."""
         if self._committed_seq > self.commit_seq:
             self._commit()
         if self._due:

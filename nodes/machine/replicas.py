@@ -21,9 +21,9 @@ class Replicas:
         self._held: dict[str, Replica] = {}
         self._touched: set[str] = set()
         """To be looked at in this turn."""
-        self._unsettled: set[str] = set()
+        self._unsettled: dict[str, None] = {}
         """Which have left something to be done after the last turn, and were not touched since."""
-        self._unplanned: set[str] = set()
+        self._unplanned: dict[str, None] = {}
         """Whose next deadline is to be asked for again."""
         self._deadlines_ns: dict[str, int] = {}
 
@@ -46,8 +46,8 @@ class Replicas:
     def touch(self, shard: str) -> None:
         """Something has come for this replica, or it is about to be changed: what is committed is applied by then."""
         self._touched.add(shard)
-        self._unplanned.add(shard)
-        self._unsettled.discard(shard)
+        self._unplanned[shard] = None
+        self._unsettled.pop(shard, None)
         self._held[shard].settle()
 
     def values(self) -> ValuesView[Replica]:
@@ -77,24 +77,21 @@ class Replicas:
     def looked_at(self, replica: Replica) -> None:
         """Its part of the turn is over."""
         if not replica.is_settled:
-            self._unsettled.add(replica.shard.id)
+            self._unsettled[replica.shard.id] = None
 
     @property
     def are_settled(self) -> bool:
         return not self._unsettled
 
     def settle(self) -> None:
-        """Do what the last turn has left to be done after it."""
-        unsettled, self._unsettled = self._unsettled, set()
-        self._unplanned |= unsettled
-        for shard in [shard for shard in self._held if shard in unsettled]:
-            replica = self._held[shard]
-            replica.settle()
-            replica.loader.take_wanted()  # no turn need follow
+        """Do what the last turn has left to be done after it. The next one looks at what has come of it."""
+        for shard in [*self._unsettled]:
+            self.touch(shard)
+            self._held[shard].loader.take_wanted()  # it may be long until then
 
     def next_deadline_ns(self) -> int:
         """When the next of them has to be looked at although nothing has come for it."""
-        unplanned, self._unplanned = self._unplanned, set()
+        unplanned, self._unplanned = self._unplanned, {}
         for shard in unplanned:
             self._deadlines_ns[shard] = self._held[shard].next_deadline_ns()
         return min(self._deadlines_ns.values(), default=NEVER_NS)

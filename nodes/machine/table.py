@@ -142,6 +142,8 @@ class Table:
         dirty = self.dirty
         # One deletion looks like another: of a key that was written in between, the later one has to stay.
         deleted = {key for key, record in records.items() if record is None}
+        if not deleted:
+            later = ()
         deleted_again = {key for logged in later for key in deleted.intersection(logged.batch.keys)}
         for key, record in records.items():
             if key in dirty and dirty[key] == record and key not in deleted_again:

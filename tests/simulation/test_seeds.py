@@ -64,7 +64,7 @@ def test_a_turn_misses_nothing_of_the_replicas_that_it_does_not_look_at(
     def look_at_all(self: Replicas) -> list[Replica]:
         shards = [replica.shard.id for replica in self.values()]
         self._touched.update(shards)
-        self._unplanned.update(shards)
+        self._unplanned.update(dict.fromkeys(shards))
         return take_touched(self)
 
     digest, take_touched = run(seed).digest, Replicas.take_touched

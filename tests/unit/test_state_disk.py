@@ -8,18 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import duckdb
 import pytest
 
 import nodes.state
-import nodes.state_file
 from bus_kv.core.machine import Lookup, Mark
 from nodes.log import DiskError, DiskFull
 from nodes.state import set_aside
 from nodes.state_file import explain
-from nodes.state_undo import forget, keep
+from nodes.state_undo import Undo, undo_unfinished
 from tests.support.command import environment
 from tests.support.state import (
     RandomWriter,
@@ -138,16 +137,18 @@ def test_a_checkpoint_that_was_cut_short_in_a_block_is_undone(
     state.do(writer.fold(puts([b"%d" % i for i in range(1000)])))
     state.store.close()
 
-    def keep_and_copy(path: Path, db: Any) -> None:
-        keep(path, db)
+    keep, forget = Undo.keep, Undo.forget
+
+    def keep_and_copy(undo: Undo, db: Any) -> None:
+        keep(undo, db)
         shutil.copytree(data, before)
 
-    def copy_and_forget(path: Path) -> None:
+    def copy_and_forget(undo: Undo) -> None:
         shutil.copytree(data, after)
-        forget(path)
+        forget(undo)
 
-    monkeypatch.setattr(nodes.state_file, "keep", keep_and_copy)
-    monkeypatch.setattr(nodes.state_file, "forget", copy_and_forget)
+    monkeypatch.setattr(Undo, "keep", keep_and_copy)
+    monkeypatch.setattr(Undo, "forget", copy_and_forget)
     state = State(data)
     state.do(writer.fold(puts([b"%d" % i for i in range(500, 1500)])))
     state.store.close()
@@ -167,7 +168,7 @@ def test_a_checkpoint_that_was_cut_short_in_a_block_is_undone(
 def test_what_a_checkpoint_overwrites_is_not_put_back_once_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes.state_file, "forget", lambda path: None)
+    monkeypatch.setattr(Undo, "forget", lambda undo: None)
     state, writer = State(tmp_path), Writer()
     for key in (b"a", b"b"):
         state.do(writer.fold(puts([key])))
@@ -181,8 +182,10 @@ def test_what_a_checkpoint_overwrites_is_not_put_back_once_it_is_complete(
 def test_a_checkpoint_for_whose_undoing_there_is_no_space_is_put_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path, db: Any) -> None:
-        monkeypatch.setattr(nodes.state_file, "keep", keep)
+    keep = Undo.keep
+
+    def fail(undo: Undo, db: Any) -> None:
+        monkeypatch.setattr(Undo, "keep", keep)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(nodes.state, "CHECKPOINT_RETRY_S", 0.0)
@@ -190,11 +193,99 @@ def test_a_checkpoint_for_whose_undoing_there_is_no_space_is_put_off(
     state, writer = State(tmp_path, checkpoint_wal_bytes=1), Writer()
     state.do(writer.fold(puts([b"a"])))
     state.wait_checkpointed("s1", writer.on_disk.mark.last)
-    monkeypatch.setattr(nodes.state_file, "keep", fail)
+    monkeypatch.setattr(Undo, "keep", fail)
     state.do(writer.fold(puts([b"b"])))
     state.wait_checkpointed("s1", writer.on_disk.mark.last)
     state.store.close()
     assert state.failures.empty()
+
+
+def test_a_disk_that_fails_before_a_checkpoint_ends_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(undo: Undo, db: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    state = State(tmp_path, checkpoint_wal_bytes=1)
+    state.do(Writer().fold(puts([b"a"])))
+    monkeypatch.setattr(Undo, "keep", fail)
+    state.store.submit(Writer("s2").fold(puts([b"b"])))
+    assert "Input/output error" in str(state.failures.get(timeout=CHILD_WITHIN_S))
+    state.store.close()
+
+
+def test_every_block_that_a_checkpoint_overwrites_is_kept(tmp_path: Path) -> None:
+    path, blocks = tmp_path / FILE, [bytes([i]) * BLOCK_BYTES for i in range(4)]
+    whole = bytes(HEADERS_BYTES) + b"".join(blocks)
+    path.write_bytes(whole)
+    undo = Undo(path)
+    undo.keep(cast("Any", MetadataOf([1, 3, 9])))
+    path.write_bytes(bytes(HEADERS_BYTES) + b"".join([blocks[0], bytes(9), blocks[2]]))
+    undo_unfinished(path)
+    undo.close()
+    content = path.read_bytes()
+    assert content[: HEADERS_BYTES + BLOCK_BYTES] == whole[: HEADERS_BYTES + BLOCK_BYTES]
+    places = [HEADERS_BYTES + i * BLOCK_BYTES for i in (1, 3)]
+    assert [content[at : at + BLOCK_BYTES] for at in places] == [blocks[1], blocks[3]]
+
+
+class MetadataOf:
+    """DuckDB, as far as it tells which blocks have metadata."""
+
+    def __init__(self, block_ids: list[int]) -> None:
+        self._rows = [(id,) for id in block_ids]
+
+    def execute(self, _: str) -> Self:
+        return self
+
+    def fetchall(self) -> list[tuple[int]]:
+        return self._rows
+
+
+def test_without_space_no_half_of_a_copy_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / FILE).write_bytes(bytes(HEADERS_BYTES))
+    undo = Undo(tmp_path / FILE)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        undo.keep(cast("Any", MetadataOf([])))
+    undo.close()
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+
+
+def test_a_checkpoint_is_made_by_the_store_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by DuckDB when it closes the file: nothing would be kept to undo it."""
+    state, writer = State(tmp_path), Writer()
+    state.do(writer.fold(puts([b"a"])))
+    monkeypatch.setattr(state.store, "_checkpoint", lambda: None)
+    state.do(writer.fold(puts([b"b"])))
+    before = (tmp_path / FILE).read_bytes()
+    state.store.close()
+    assert (tmp_path / FILE).read_bytes() == before
+    assert (tmp_path / f"{FILE}.wal").stat().st_size > 0
+    state = State(tmp_path)
+    assert state.contents("s1") == writer.on_disk
+    state.store.close()
+
+
+def test_nobody_else_can_open_the_file_of_a_running_node(tmp_path: Path) -> None:
+    """Also after checkpoints, before which the node reads it by itself."""
+    code = "import duckdb; duckdb.connect(args[0])"
+    state, writer = State(tmp_path, checkpoint_wal_bytes=1), Writer()
+    for key in (b"a", b"b"):
+        state.do(writer.fold(puts([key])))
+        state.wait_checkpointed("s1", writer.on_disk.mark.last)
+        with start_child(code, tmp_path / FILE) as child:
+            output, _ = child.communicate(timeout=CHILD_WITHIN_S)
+        assert "Could not set lock" in output
+    state.store.close()
+    assert run_child(code, tmp_path / FILE) == ""
 
 
 def tear(path: Path, after: bytes) -> None:
@@ -302,6 +393,34 @@ def test_after_a_failed_checkpoint_the_file_is_read_anew(
     monkeypatch.setattr(file, "checkpoint", fail)
     state.do(writer.fold(puts([b"b"])))
     monkeypatch.undo()
+    state.do(writer.fold(puts([b"c"])))
+    assert state.contents("s1") == writer.on_disk
+    state.store.close()
+    assert state.failures.empty()
+
+
+def test_a_checkpoint_that_failed_in_a_block_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, writer = State(tmp_path / "data", checkpoint_wal_bytes=1), Writer()
+    state.do(writer.fold(puts([b"a"])))
+    state.wait_checkpointed("s1", writer.on_disk.mark.last)
+    file, path = state.store._file, tmp_path / "data" / FILE
+
+    def fail() -> None:
+        monkeypatch.undo()
+        file._undo.keep(file._instance)
+        metadata = "SELECT block_id FROM pragma_metadata_info('state')"
+        ids = [id for (id,) in file._instance.execute(metadata).fetchall()]
+        file._instance.execute("DETACH state")
+        with path.open("r+b") as torn:
+            for id in ids:
+                torn.seek(HEADERS_BYTES + id * BLOCK_BYTES)
+                torn.write(bytes(PAGE_BYTES))
+        raise duckdb.IOException("Checkpoint failed, the database has been invalidated")
+
+    monkeypatch.setattr(file, "checkpoint", fail)
+    state.do(writer.fold(puts([b"b"])))
     state.do(writer.fold(puts([b"c"])))
     assert state.contents("s1") == writer.on_disk
     state.store.close()
@@ -428,10 +547,12 @@ def test_what_a_killed_process_left_unfinished_is_taken_away(stopped: Path) -> N
 
 def test_a_damaged_file_is_set_aside_and_made_anew(stopped: Path) -> None:
     as_garbage(stopped / FILE)
-    (stopped / f"{FILE}.wal").write_bytes(b"wal")
+    for suffix in ("wal", "undo"):
+        (stopped / f"{FILE}.{suffix}").write_bytes(b"more")
     assert set_aside(stopped) == stopped / f"{FILE}.1.damaged"
     names = {path.name for path in stopped.iterdir()}
-    assert names == {f"{FILE}.1.damaged", f"{FILE}.1.damaged.wal"}
+    aside = f"{FILE}.1.damaged"
+    assert names == {aside, f"{aside}.wal", f"{aside}.undo"}
     state = State(stopped)
     assert state.store.marks() == {}
     state.do(Writer().fold(puts([b"k"])))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus_kv.core.machine import ClientsOf, HistoryOf, Load, Mark, SnapshotRead
+from bus_kv.core.machine import ClientsOf, HistoryOf, Load, LoggedBatch, Mark, SnapshotRead
+from bus_kv.protocol import batch as b
 from tests.support.state import RandomWriter, State, Writer, puts
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def source(tmp_path: Path) -> Iterator[State]:
 @pytest.fixture
 def target(tmp_path: Path) -> Iterator[State]:
     state = State(tmp_path / "target")
+    # In every state the shards have other numbers.
+    state.do(Writer("s3").fold(puts([b"first here"])))
     yield state
     state.store.close()
 
@@ -55,6 +59,8 @@ def test_everything_of_the_shard_is_there_afterwards(source: State, target: Stat
     assert transfer(source, target, writer.on_disk.mark) > 10
     assert target.contents("s1") == writer.on_disk
     assert target.contents("s2").kv == {}
+    assert list(target.contents("s3").kv) == [b"first here"]
+    assert len(target.contents("s3").oplog) == 1
     assert sorted(target.ask(ClientsOf(1, "s1"))) == sorted(source.ask(ClientsOf(1, "s1")))
 
 
@@ -67,6 +73,35 @@ def test_the_target_finds_operations_whose_keys_the_source_hashed_otherwise(
         cursor.execute("UPDATE state.oplog SET key_hash = 1")
     transfer(source, target, writer.on_disk.mark)
     assert [row[1] for row in target.ask(HistoryOf(1, "s1", b"key", None, 9, 1000))] == [1]
+
+
+@pytest.mark.parametrize("chunk_bytes", [2000, 2300, 2500, 2700, 3000])
+def test_chunks_may_end_between_what_was_rolled_back_and_what_came_in_its_place(
+    source: State, target: State, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have the same seq; and a batch of which nothing was applied begins where the next one does."""
+    monkeypatch.setattr("tests.unit.test_state_snapshot.CHUNK_BYTES", chunk_bytes)
+    writer = Writer()
+    for n in range(30):
+        lost = [LoggedBatch(puts([b"lost"]), bytes([b.CREATED]), 2, n + 1, 1000)]
+        refused = (puts([b"k"], client=f"r{n}", numbers=range(1)), bytes([b.REFUSED]))
+        taken = puts([b"%d" % n], client="c", numbers=range(n, n + 1))
+        source.do(replace(writer.fold(refused, taken), rolled_back=lost))
+    transfer(source, target, writer.on_disk.mark)
+    assert target.contents("s1") == source.contents("s1")
+    assert len(target.contents("s1").oplog) == len(target.contents("s1").requests) == 60
+
+
+def test_a_chunk_of_another_format_is_refused(source: State, target: State) -> None:
+    source.do(Writer().fold(puts([b"k"])))
+    with source.store.cursor() as cursor:
+        cursor.execute("ALTER TABLE state.oplog DROP COLUMN outcome")
+    assert target.do(Load(1, "s1", "default", "", b"")).failure is None
+    place: list[Any] | None = ["oplog", 0, 1, None]
+    table, chunk, place = source.ask(SnapshotRead(1, "s1", 1, place, CHUNK_BYTES))
+    refusal = target.do(Load(2, "s1", "default", table, chunk)).failure
+    assert refusal is not None
+    assert "another release" in refusal
 
 
 def test_what_was_in_the_target_before_is_gone(source: State, target: State) -> None:
