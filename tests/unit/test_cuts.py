@@ -129,10 +129,11 @@ def test_the_oplog_tells_of_an_operation_that_was_rolled_back_once(
 ) -> None:
     state = State(tmp_path)
     lost = logged(decode_entry(row.body))
-    for last in (20, 21):  # two replicas have told it
-        state.do(Fold(last, "s1", "default", {}, [], Mark(2, last), lost * 2))
-    query = "SELECT epoch, seq, op, key, value, outcome FROM oplog"
-    told = [(1, row.last, "put", b"lost", b"1", "rolled_back")]
+    for shard in ("s1", "s2"):
+        for last in (20, 21):  # two replicas have told it
+            state.do(Fold(last, shard, "default", {}, [], Mark(2, last), lost * 2))
+    query = "SELECT shard, epoch, seq, op, key, value, outcome FROM oplog ORDER BY shard"
+    told = [(shard, 1, row.last, "put", b"lost", b"1", "rolled_back") for shard in ("s1", "s2")]
     assert state.fetch(query) == told
     state.store.close()
     state = State(tmp_path)

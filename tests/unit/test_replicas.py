@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from bus_kv.core.machine import Lookup
+from bus_kv.knobs import SECOND_NS, Knobs
+from bus_kv.subjects import Subjects
 from nodes.machine.key_filter import KeyFilter
+from nodes.machine.node import NodeConfig, NodeMachine
 from nodes.machine.replicas import Replicas
 from tests.support.trio import Trio
 
@@ -49,3 +52,14 @@ def test_what_there_was_no_time_for_is_done_in_the_next_turn(trio: Trio) -> None
     replica.end_turn()
     assert replicas.are_settled
     assert asked_for(trio) == [[b"k"]]
+
+
+def test_a_node_says_when_what_was_done_after_a_turn_needs_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = NodeMachine(NodeConfig("n1", "i", (1, "r"), Subjects("x"), 1 << 20), Knobs())
+    assert not node.settle(SECOND_NS)
+    question = Lookup(0, "s1", [], [b"k"], 1000)
+    monkeypatch.setattr(node.replicas, "settle", lambda: node.ask(question, lambda *_: None))
+    assert node.settle(SECOND_NS)
+    assert node.take_ready(SECOND_NS).effects == [question]

@@ -384,6 +384,14 @@ def test_history_is_newest_first(state: State, writer: Writer) -> None:
     assert len(state.ask(HistoryOf(1, "s1", key, (3, 7), 100, 2))) == 2
 
 
+def test_history_is_of_one_shard(state: State, writer: Writer) -> None:
+    state.do(Writer("s0").fold(puts([b"other", b"key"])))
+    state.do(writer.fold(puts([b"key"])))
+    for shard, seqs in (("s0", [2]), ("s1", [1])):
+        rows = state.ask(HistoryOf(1, shard, b"key", None, 9, MANY_BYTES))
+        assert [row[1] for row in rows] == seqs
+
+
 @pytest.mark.parametrize("is_back", [False, True], ids=["there", "and back"])
 def test_history_is_found_although_another_version_of_duckdb_hashes_keys_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_back: bool

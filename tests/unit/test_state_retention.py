@@ -21,12 +21,14 @@ def test_old_operations_go_by_log_time(tmp_path: Path, writer: Writer) -> None:
     state = State(tmp_path, oplog_keep_s=2)
     state.do(writer.fold(puts(keys(1)), time_ms=1000))
     state.do(writer.fold(puts(keys(2)), time_ms=9000))
+    state.do(Writer("s2").fold(puts(keys(1)), time_ms=9000))
     state.store.close()
     state = State(tmp_path, oplog_keep_s=2)
     state.do(writer.fold(puts(keys(3)), time_ms=10_500))
     state.store.close()
     state = State(tmp_path)
     assert [row[4] for row in state.contents("s1").oplog] == keys(2, 3)
+    assert [row[4] for row in state.contents("s2").oplog] == keys(1)
     assert len(state.records(keys(1, 2, 3))) == 3
     state.store.close()
 
