@@ -186,7 +186,7 @@ def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replica, "on_durable", serve)
 
 
-RARE = {"loaded_records_replace_newer_ones": 125, "batch_results_taken_at_their_word": 130}
+RARE = {"loaded_records_replace_newer_ones": 125, "batch_results_taken_at_their_word": 250}
 """Where to begin with what one seed in fifty or a hundred catches, to save time."""
 
 

@@ -205,6 +205,17 @@ def test_a_stranded_member_is_no_part_of_a_takeover() -> None:
     assert next_roles(shard, map_of(shard), heard) == Roles((MEMBERS[2],), "n3")
 
 
+def test_an_attempt_with_a_stranded_member_gives_way_to_one_without() -> None:
+    """Its primary is sent to open again and again, and W of its members never have the opening entry (a seed found a
+    shard of which one of two was stranded: it was not served again)."""
+    tried = plan.reconfigured(shard_of(), Roles(MEMBERS[1:3], "n3"), 6, "t6")
+    heard = heard_of(tried, beat(2, tried), beat(3, tried, "opening", seq=11))
+    heard.running["s1"] = (6, "t6")
+    assert next_roles(tried, map_of(tried), heard) is None, "it is under way"
+    heard.beats["n2"].shards[0].status = "stranded"
+    assert next_roles(tried, map_of(tried), heard) == Roles((MEMBERS[2],), "n3")
+
+
 def test_a_smaller_replication_factor_lets_a_backup_go() -> None:
     shard = shard_of()
     roles = next_roles(shard, map_of(shard, factor=2), all_well(shard))
