@@ -57,7 +57,7 @@ def is_served(shard: Shard, heard: Heard) -> bool:
 
 
 def _start_again(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
-    """An attempt that nobody drives, or that cannot succeed with whom it has: who is stranded never holds its entries."""
+    """An attempt that nobody drives, or that cannot succeed with whom it has: who is stranded never has its entries."""
     there = [m for m in shard.members if heard.hears(m) and not _is_stranded(shard, m, heard)]
     primary = shard.member(shard.primary)
     driven = heard.running.get(shard.id) == (shard.epoch, shard.token)
