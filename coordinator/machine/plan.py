@@ -169,8 +169,8 @@ def _shards(map: ShardMap, heard: Heard, token: Callable[[], str]) -> dict[str, 
 def _restored(old: ShardMap, newest: ShardMap, heard: Heard, token: Callable[[], str]) -> ShardMap:
     """The map that the nodes remember, above every version and epoch that anybody has seen.
 
-    Attempts that the store forgot and replicas have promised go on as attempts: they acknowledged nothing, or a replica
-    would know them as ACTIVE.
+    Attempts that the store forgot and replicas have promised go on as attempts, also where others were begun since:
+    they acknowledged nothing, or a replica would know them as ACTIVE.
     """
     versions = [old.map_version, newest.map_version, *(b.map_version for b in heard.beats.values())]
     reports = [report for _, beat in sorted(heard.beats.items()) for report in beat.shards]
@@ -179,11 +179,12 @@ def _restored(old: ShardMap, newest: ShardMap, heard: Heard, token: Callable[[],
     )
     shards = dict(newest.shards)
     for id, record in sorted(heard.records.items()):
-        # Also of the same epoch: a replica may know that it became ACTIVE and no node's map does.
-        if id not in shards or record.epoch >= shards[id].epoch:
+        # A replica may know that an attempt became ACTIVE and no node's map does, nor what was begun since.
+        if id not in shards or record.epoch > _served_epoch(shards[id]):
             shards[id] = record
     for id, shard in sorted(shards.items()):
-        promises = {(r.epoch, r.token) for r in reports if r.id == id and r.epoch > shard.epoch}
+        served, known = _served_epoch(shard), {(shard.epoch, shard.token), *shard.attempts}
+        promises = {(r.epoch, r.token) for r in reports if r.id == id and r.epoch > served} - known
         if promises:
             last_epoch += 1
             roles = Roles(shard.members, shard.primary, shard.learners)
@@ -192,6 +193,13 @@ def _restored(old: ShardMap, newest: ShardMap, heard: Heard, token: Callable[[],
     return replace(
         newest, map_version=max(versions) + 1, last_epoch=last_epoch, shards=shards, writer=token()
     )
+
+
+def _served_epoch(shard: Shard) -> int:
+    """The last one of which a record says that it was ACTIVE; 0 when there was none."""
+    if shard.state is ShardState.ACTIVE:
+        return shard.epoch
+    return shard.last_active.epoch if shard.last_active else 0
 
 
 def _nodes(old: ShardMap, heard: Heard) -> dict[str, Node]:

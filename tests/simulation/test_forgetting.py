@@ -10,8 +10,9 @@ import pytest
 from bus_kv.core.machine import AppendCompleted, Publish, Received
 from bus_kv.knobs import Knobs
 from bus_kv.protocol.codec import decode_cbor, encode_cbor, encode_json
-from bus_kv.protocol.messages import Heartbeat
+from bus_kv.protocol.messages import Heartbeat, ReplicaReport
 from bus_kv.protocol.shard_map import (
+    Configuration,
     Keyspace,
     Member,
     Shard,
@@ -80,6 +81,49 @@ def test_that_an_attempt_became_active_may_be_what_one_replica_alone_knows() -> 
     restored = next_map(map, heard, Knobs(), lambda: "token")
     assert restored.shards["s1"] == active
     assert restored.map_version == 6
+
+
+def tried_anew() -> tuple[ShardMap, tuple[Member, ...]]:
+    """The store has forgotten what followed epoch 5, and a coordinator has begun epoch 8 from there."""
+    members = tuple(Member(f"n{i}", f"i{i}") for i in (1, 2, 3))
+    active = Shard("s1", "default", b"", None, 5, "t5", members, "n1", ShardState.ACTIVE)
+    tried = plan.reconfigured(active, Roles(members[1:], "n2"), 8, "t8")
+    return ShardMap(5, 8, "w", {"default": Keyspace()}, {"s1": tried}), members
+
+
+def told_by(map: ShardMap, *promises: tuple[str, int, str], **fields: Any) -> Heard:
+    """What a coordinator has heard that restores this map; each node has promised an epoch of s1."""
+    zeros = dict.fromkeys(("commit_seq", "folded", "keys", "bytes", "operations"), 0)
+    beats = {
+        node: Heartbeat(
+            node, f"i{node[1:]}", (1, "r"), map_version=map.map_version,
+            shards=[ReplicaReport("s1", epoch, token, "promised", (5, 9), **zeros)],
+        )
+        for node, epoch, token in promises
+    }  # fmt: skip
+    return Heard(beats, forgotten={"s1"}, restoring=True, newest=map, **fields)
+
+
+def test_a_forgotten_attempt_is_restored_although_a_later_one_was_begun_without_it() -> None:
+    """Who has promised it refused every seal for ever (found by seed 2644)."""
+    map, _ = tried_anew()
+    heard = told_by(map, ("n2", 7, "t7"), ("n3", 8, "t8"))
+    restored = next_map(map, heard, Knobs(), lambda: "token").shards["s1"]
+    assert restored.last_active == map.shards["s1"].last_active
+    assert {*restored.attempts, (restored.epoch, restored.token)} == {
+        (7, "t7"), (8, "t8"), (9, "token"),
+    }  # fmt: skip
+
+
+def test_what_served_and_was_forgotten_is_what_has_to_be_sealed() -> None:
+    """However late an attempt was begun that does not know of it."""
+    map, members = tried_anew()
+    served = Shard("s1", "default", b"", None, 7, "t7", members[:2], "n2", ShardState.ACTIVE)
+    heard = told_by(map, ("n2", 7, "t7"), ("n3", 8, "t8"), records={"s1": served})
+    restored = next_map(map, heard, Knobs(), lambda: "token").shards["s1"]
+    assert restored.last_active == Configuration(7, "t7", members[:2])
+    assert restored.attempts == ((8, "t8"),)
+    assert restored.epoch == 9
 
 
 @pytest.mark.parametrize(
