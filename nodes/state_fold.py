@@ -10,6 +10,7 @@ current, as Python variables are out of reach of a locked instance.
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
 OPERATION_BYTES = 64
 """What an operation takes in the oplog beside its key and value."""
-PIECE_ROWS = 8192
-"""Operations whose columns are built at once."""
+PIECE_ROWS = 4096
+"""Operations whose columns are built at once: some 300 us, in which the event loop can do nothing."""
+PIECE_PAUSE_S = 0.0005
+"""After each, so that the loop's turns are not late by several pieces."""
 
 
 def _run(value: Any) -> Any:
@@ -215,6 +218,7 @@ def _operations(batches: Iterable[LoggedBatch]) -> Any:
         if len(piece.keys) >= PIECE_ROWS:
             pieces.append(piece.rows())
             piece = _Piece()
+            time.sleep(PIECE_PAUSE_S)
     return pa.Table.from_batches([*pieces, piece.rows()], _OPERATIONS)
 
 
