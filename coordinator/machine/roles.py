@@ -57,9 +57,15 @@ def is_served(shard: Shard, heard: Heard) -> bool:
 
 
 def _start_again(shard: Shard, map: ShardMap, heard: Heard) -> Roles | None:
-    """An attempt that nobody drives, or that cannot succeed with whom it has: who is stranded never has its entries."""
-    there = [m for m in shard.members if heard.hears(m) and not _is_stranded(shard, m, heard)]
+    """An attempt that nobody drives, or that cannot succeed with whom it has: who is stranded never has its entries.
+
+    What its primary said before it was chosen is not held against it: if it cannot open, it refuses.
+    """
     primary = shard.member(shard.primary)
+    there = [
+        m for m in shard.members
+        if heard.hears(m) and (m == primary or not _is_stranded(shard, m, heard))
+    ]  # fmt: skip
     driven = heard.running.get(shard.id) == (shard.epoch, shard.token)
     if driven and primary in there and len(there) >= shard.quorum:
         return None

@@ -212,6 +212,8 @@ def test_an_attempt_with_a_stranded_member_gives_way_to_one_without() -> None:
     heard = heard_of(tried, beat(2, tried), beat(3, tried, "opening", seq=11))
     heard.running["s1"] = (6, "t6")
     assert next_roles(tried, map_of(tried), heard) is None, "it is under way"
+    heard.beats["n3"].shards[0].status = "stranded"
+    assert next_roles(tried, map_of(tried), heard) is None, "n3 said so before it was chosen"
     heard.beats["n2"].shards[0].status = "stranded"
     assert next_roles(tried, map_of(tried), heard) == Roles((MEMBERS[2],), "n3")
 
