@@ -7,7 +7,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check up sim bench lock clean
 
-# The interpreter for .venv: 3.11 or later. Default: the first of these that is.
+# The interpreter for .venv: 3.11 or later. Default: the first of these that is, and was built with optimizations.
 PYTHON ?=
 PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 # More arguments for demo, test, up, sim and bench, such as: make test ARGS='-k codec'
@@ -77,22 +77,27 @@ clean:  ## remove all that the other targets made, but no data
 	touch $@
 
 .venv/created:
-	@python=
+	@python= slow=
 	for name in $(if $(PYTHON),$(PYTHON),$(PYTHONS)); do
-		if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
-			python=$$name
-			break
-		fi
+		while read -r path; do
+			fitness=0
+			"$$path" bus_kv/runtime/interpreter.py >/dev/null 2>&1 </dev/null || fitness=$$?
+			case $$fitness in
+				0) python=$$path; break 2 ;;
+				3) slow=$${slow:-$$path} ;;
+			esac
+		done < <(type -aP "$$name")
 	done
+	if [ -z "$$python" ] && [ -n "$$slow" ]; then
+		python=$$slow
+		echo "make setup: $$slow is built without optimizations, which costs about a quarter of the speed:" \
+			'--enable-optimizations is what it lacks (pyenv: PYTHON_CONFIGURE_OPTS=--enable-optimizations)' >&2
+	fi
 	if [ -z "$$python" ]; then
-		echo 'make setup: Python 3.11 or later is missing$(if $(PYTHON), ($(PYTHON) is not)):' \
+		echo 'make setup: Python 3.11 or later with its venv is missing$(if $(PYTHON), ($(PYTHON) is not)):' \
 			'apt-get install python3 python3-venv, or name one: make setup PYTHON=/path/to/python3.11' >&2
 		exit 1
 	fi
-	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then
-		package=$$("$$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
-		echo "make setup: $$python cannot make a virtual environment: apt-get install $$package" >&2
-		exit 1
-	fi
+	echo "make setup: .venv is made by $$python" >&2
 	"$$python" -m venv --clear .venv
 	touch $@

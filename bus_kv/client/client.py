@@ -97,6 +97,8 @@ class Client:
         self._loop: asyncio.AbstractEventLoop
         self._task: asyncio.Task[Any] | None = None
         self._value_bytes_max = 0
+        self._asked_ns = 0
+        """When the first operation was asked for that waits for the next turn."""
         self._closed = "the client is not open"
         """Why no call can be made; empty while they can."""
 
@@ -217,12 +219,16 @@ class Client:
     ) -> asyncio.Future[Any]:  # fmt: skip
         if self._closed:
             raise ShardUnavailable(self._closed)
+        session = self._session
+        if not session.dirty:
+            # The first since the last turn; for all until the next one it is the same moment.
+            self._asked_ns = self._clock.now_ns()
+            self._driver.wake()
         future = self._loop.create_future()
-        self._session.submit(
-            kind, key, value, future, self._clock.now_ns(), keyspace, consistency, if_absent,
-            if_version, ttl_ms,
+        session.submit(
+            kind, key, value, future, self._asked_ns, keyspace, consistency, if_absent, if_version,
+            ttl_ms,
         )  # fmt: skip
-        self._driver.wake()
         return future
 
     def _value(self, value: Text) -> bytes:
@@ -425,7 +431,7 @@ def _bytes(text: Text) -> bytes:
 
 
 def _key(key: Text) -> bytes:
-    encoded = _bytes(key)
+    encoded = key if type(key) is bytes else _bytes(key)
     if not 0 < len(encoded) <= KEY_BYTES_MAX:
         b.check_keys([encoded])
     return encoded

@@ -88,8 +88,8 @@ class Session:
         self._lanes: dict[tuple[str, bool, str, bool], Lane] = {}
         self._near: dict[tuple[bool, str, str | None], tuple[bytes, bytes | None, Lane]] = {}
         """(is a read, keyspace, level) -> range and lane of the shard asked last."""
-        self._dirty: dict[Lane, None] = {}
-        """To be looked at in this turn."""
+        self.dirty: dict[Lane, None] = {}
+        """To be looked at in the next turn. While there is any, one is about to come."""
         self._sent: dict[int, Sent] = {}
         self._primaries = Primaries()
         self._calls = Calls(self._request, self._finish, knobs)
@@ -126,7 +126,7 @@ class Session:
             )  # fmt: skip
             return self._route(operation, now_ns)
         waiting = lane.waiting
-        self._dirty[lane] = None
+        self.dirty[lane] = None
         if has_condition:
             waiting.conditions[len(waiting.keys)] = if_version
         if ttl_ms is not None:
@@ -155,7 +155,7 @@ class Session:
                 self.submit(kind, *row, now_ns, keyspace, consistency, ttl_ms=ttl_ms)
             return
         self._pending += len(keys)
-        self._dirty[lane] = None
+        self.dirty[lane] = None
         lane.waiting.extend(kind, keys, values, tokens, now_ns + self._timeout_ns)
 
     def _owns(self, lane: Lane, key: bytes) -> bool:
@@ -235,8 +235,8 @@ class Session:
 
     def take_ready(self, now_ns: int) -> Ready:
         self._told = 0
-        while self._dirty:
-            dirty, self._dirty = self._dirty, {}
+        while self.dirty:
+            dirty, self.dirty = self.dirty, {}
             for lane in dirty:
                 self._send_waiting(lane, now_ns)
         effects, self._effects = self._effects, []
@@ -287,7 +287,7 @@ class Session:
         for lane in [lane for lane in self._lanes.values() if lane.has_work]:
             if lane.late_ns <= now_ns:
                 lane.late_ns = 0
-                self._dirty[lane] = None
+                self.dirty[lane] = None
             if lane.next_deadline_ns <= now_ns:
                 lane.again = self._drop_late(self._all_waiting(lane), now_ns)
 
@@ -339,7 +339,7 @@ class Session:
                 operation, ShardUnavailable(f"shard {route.shard} is recovering"), now_ns
             )
         lane.again.append(operation)
-        self._dirty[lane] = None
+        self.dirty[lane] = None
         return None
 
     def _no_route(self, operation: Operation, no_keyspace: bool, now_ns: int) -> None:
@@ -472,11 +472,11 @@ class Session:
             if self._primaries.lets_through(sent.node):
                 self._look_at_all()  # the next trial
         elif sent.lane.has_work:
-            self._dirty[sent.lane] = None
+            self.dirty[sent.lane] = None
 
     def _look_at_all(self) -> None:
         """Lanes that were held up may send now, the one that was tried last after the others."""
-        self._dirty |= dict.fromkeys(lane for lane in self._lanes.values() if lane.has_work)
+        self.dirty |= dict.fromkeys(lane for lane in self._lanes.values() if lane.has_work)
 
     def _on_mixed_reply(self, sent: Sent, reply: BatchReply, now_ns: int) -> None:
         """Some operations have their result; the others failed, or found the reply full."""

@@ -136,7 +136,9 @@ class Judge:
         """What the gets found, as much as fits beside the results of the writes."""
         if not self.records:
             return
-        self.reply.values = _values([self.records.get(i) for i in range(len(self.batch))])
+        records = map(self.records.get, range(len(self.batch)))
+        values: list[Any] = [r[0] if r else None for r in records]
+        self.reply.values = values
         self.reply.expires_at = {i: r[3] for i, r in self.records.items() if r[3] is not None}
         fit_values(self.reply, self.replica.sizes.entry - RESULT_BYTES * len(self.batch))
 
@@ -179,25 +181,21 @@ def logged_writes(logged: LoggedBatch) -> Writes:
     return writes
 
 
+_NO_RECORD = (None, 0, 0, None)
+
+
 def read_reply(records: list[Known | None], bytes_max: int) -> BatchReply:
     """Answer gets, as many as fit into one message; the rest is UNANSWERED. The first always fits."""
-    reply = BatchReply(
-        outcomes=bytes([b.MISSING if r is None else b.FOUND for r in records]),
-        epochs=[0 if r is None else r[1] for r in records],
-        seqs=[0 if r is None else r[2] for r in records],
-        values=_values(records),
-        expires_at={i: r[3] for i, r in enumerate(records) if r is not None and r[3] is not None},
-    )
+    outcomes = bytes([b.MISSING if r is None else b.FOUND for r in records])
+    columns: Any = zip(*[r or _NO_RECORD for r in records], strict=True)
+    values, epochs, seqs, expires_at = map(list, columns)  # Unread is for `fit_values` to leave out
+    reply = BatchReply(outcomes, epochs, seqs, values)
+    if expires_at.count(None) < len(records):
+        reply.expires_at = {i: at for i, at in enumerate(expires_at) if at is not None}
     fit_values(reply, bytes_max, keep=1)
-    assert isinstance(reply.epochs, list)
-    if reply.epochs.count(reply.epochs[0]) == len(reply.epochs):
-        reply.epochs = reply.epochs[0]
+    if epochs.count(epochs[0]) == len(epochs):
+        reply.epochs = epochs[0]
     return reply
-
-
-def _values(records: list[Known | None]) -> list[Any]:
-    """Of each record; what is Unread among them is for `fit_values` to leave out."""
-    return [None if r is None else r[0] for r in records]
 
 
 def fit_values(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from bus_kv.core.machine import LoggedBatch
@@ -83,8 +84,8 @@ class Writer:
         if not reads and disk is None and self._dedup.needs_disk(batch):
             fetch_requests = partial(self._loader.requests_of, batch)
             return self._park(len(raw), deadline_ns, respond, fetch_requests, again)
-        records = self._committed(batch.keys) if reads else [*map(self.latest, batch.keys)]
-        if UNKNOWN in records:
+        records, is_known = self._committed(batch.keys) if reads else self._latest(batch.keys)
+        if not is_known:
             cold = {k for k, r in zip(batch.keys, records, strict=True) if r is UNKNOWN}
             # What was loaded before may have left memory again: all of it at once then.
             fetch = partial(self._loader.want_for, batch, cold | self._loaded.keys())
@@ -107,7 +108,8 @@ class Writer:
         if replica.policy != "range":
             tokens = [token_of(replica.policy, key) for key in batch.keys]
         end = replica.shard.end
-        if min(tokens) < replica.shard.start or (end is not None and max(tokens) >= end):
+        start = replica.shard.start
+        if (start and min(tokens) < start) or (end is not None and max(tokens) >= end):
             return WrongShard(f"a key lies outside {self._shard}; read the map")
         return None if _is_read(batch) else self._overload()
 
@@ -210,20 +212,22 @@ class Writer:
     def _not_fetched(self, reason: str) -> BusKVError:
         return ShardUnavailable(f"{self._shard}: {reason}; send it again")
 
-    def _committed(self, keys: Sequence[bytes]) -> list[Any]:
-        """Committed records, UNKNOWN where the disk has to be asked. What is in the cache is the hot path."""
-        young = self._table.young
-        records = [young.get(key, UNKNOWN) for key in keys]
-        if UNKNOWN not in records:
-            return records
-        get, loaded = self._table.get, self._loaded
-        records = [get(k) if r is UNKNOWN else r for k, r in zip(keys, records, strict=True)]
-        if not loaded:
-            return records
-        return [
-            loaded.get(k, UNKNOWN) if r is UNKNOWN else r
-            for k, r in zip(keys, records, strict=True)
-        ]
+    def _committed(self, keys: Sequence[bytes]) -> tuple[list[Any], bool]:
+        """Committed records, UNKNOWN where the disk has to be asked, and whether there is no such. What is in the cache
+        is the hot path."""
+        try:
+            return [*map(self._table.young.__getitem__, keys)], True
+        except KeyError:
+            records = [*map(self._table.get, keys)]
+        if self._loaded:
+            loaded = map(self._loaded.get, keys, repeat(UNKNOWN))
+            records = [m if r is UNKNOWN else r for r, m in zip(records, loaded, strict=True)]
+        return records, UNKNOWN not in records
+
+    def _latest(self, keys: Sequence[bytes]) -> tuple[list[Any], bool]:
+        """`latest` of each key, and whether none is UNKNOWN."""
+        records = [*map(self.latest, keys)]
+        return records, UNKNOWN not in records
 
     def latest(self, key: bytes) -> Any:
         """The key's record at the end of the log, None when it is absent, UNKNOWN when the disk has to be asked."""
