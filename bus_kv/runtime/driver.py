@@ -83,6 +83,8 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ns = 0
         """When it rings; it is left alone when the machine's deadline moves away, which most often it does."""
+        self._has_appended = False
+        """In the last turn."""
         self._subscriptions: dict[tuple[str, str], Subscription] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -157,6 +159,7 @@ class Driver:
                 await self._perform(effect)
         if ready.effects:
             self._bus.send()  # from here on the log's thread wants the interpreter, too
+        self._has_appended = ready.append is not None
         if ready.append is not None:
             self._disk.append(ready.append)
         for read in reads:
@@ -176,7 +179,8 @@ class Driver:
     async def _wait(self) -> None:
         """Until something was offered or the machine's deadline has come."""
         if not (self._is_offered or self.machine.is_settled):
-            await asyncio.sleep(0)  # the log's thread goes first: it has an fsync to begin
+            if self._has_appended:
+                await asyncio.sleep(0)  # the log's thread goes first: it has an fsync to begin
             if not self._is_offered and self.machine.settle(self._clock.now_ns()):
                 self._wake.set()
         if not self._is_offered:

@@ -564,7 +564,8 @@ class Replica:
         if segment.is_opening:
             self.lineage.append((segment.epoch, segment.first))
         table.apply(segment.writes, segment.logged, segment.keys, segment.data_bytes)
-        self.lifetimes.add(segment.writes)
+        if any(logged.batch.ttls_ms for logged in segment.logged):
+            self.lifetimes.add(segment.writes)
         self._base_time_ms = segment.time_ms
         end = Mark(
             segment.epoch, segment.last, segment.time_ms, table.keys, table.data_bytes,

@@ -86,7 +86,9 @@ class Table:
             self.next_filter.add(fresh)
         self.dirty.update(writes)
         self._keep_order(writes, logged)
-        self._keep(writes, before, fresh)
+        # Where each record takes the place of another one in the cache, that is what the data grow by.
+        is_known = not fresh and all(writes.values())
+        self._keep(writes, data_bytes if is_known else self._growth(writes, before, fresh))
 
     def _keep_order(self, writes: Writes, logged: Sequence[LoggedBatch]) -> None:
         order = self.order
@@ -116,16 +118,19 @@ class Table:
     def learn(self, records: Writes) -> None:
         """Keep records that are committed, as long as there is room."""
         before = [*map(self.young.get, records)]
-        self._keep(records, before, _without_record(records, before))
+        fresh = _without_record(records, before)
+        self._keep(records, self._growth(records, before, fresh))
 
-    def _keep(self, records: Writes, before: list[Record | None], fresh: list[bytes]) -> None:
-        """`before` is what the cache has of their keys, `fresh` those of which it has no record."""
+    def _growth(self, records: Writes, before: list[Record | None], fresh: list[bytes]) -> int:
+        """By how many bytes `young` grows by these records; `before` is what it has of their keys, `fresh` those of
+        which it has no record."""
+        added = [len(key) for key in fresh if key not in self.young]
+        replaced_bytes = sum([len(r[0]) for r in before if r is not None])
+        return _value_bytes(records) - replaced_bytes + RECORD_BYTES * len(added) + sum(added)
+
+    def _keep(self, records: Writes, growth_bytes: int) -> None:
         young = self.young
-        added = [len(key) for key in fresh if key not in young]
-        self._young_bytes += (
-            _value_bytes(records) - sum([len(r[0]) for r in before if r is not None])
-            + RECORD_BYTES * len(added) + sum(added)
-        )  # fmt: skip
+        self._young_bytes += growth_bytes
         young.update(records)
         if self._young_bytes > self.cache_bytes_max // 2:
             self.old, self.young, self._young_bytes = young, {}, 0
@@ -186,6 +191,8 @@ class Table:
 
 
 def _without_record(records: Writes, before: list[Record | None]) -> list[bytes]:
+    if all(before):
+        return []
     return [key for key, record in zip(records, before, strict=True) if record is None]
 
 

@@ -226,16 +226,17 @@ class Writer:
 
     def _latest(self, keys: Sequence[bytes]) -> tuple[list[Any], bool]:
         """`latest` of each key, and whether none is UNKNOWN."""
-        records = [*map(self.latest, keys)]
-        return records, UNKNOWN not in records
+        records, is_known = self._committed(keys)
+        written = [
+            s.writes for s in self._replica.tail.segments if not s.writes.keys().isdisjoint(keys)
+        ]
+        for writes in written:  # the newest last
+            records = [*map(writes.get, keys, records)]
+        return records, is_known or UNKNOWN not in records
 
     def latest(self, key: bytes) -> Any:
         """The key's record at the end of the log, None when it is absent, UNKNOWN when the disk has to be asked."""
-        for segment in reversed(self._replica.tail.segments):
-            if key in segment.writes:
-                return segment.writes[key]
-        record = self._table.get(key)
-        return self._loaded.get(key, UNKNOWN) if record is UNKNOWN else record
+        return self._latest([key])[0][0]
 
     # ---- the decision ----
 
@@ -251,10 +252,10 @@ class Writer:
         if seen or batch.conditions or batch.ttls_ms or batch.kinds.count(b.PUT) < len(batch):
             return Judge(self._replica, batch, before, time_ms, seen).decide()
         epoch, first = self._replica.shard.epoch, self._replica.last[1] + 1
-        marks = [b.CREATED if record is None else b.REPLACED for record in records]
-        if len(before) < len(records):
-            _mark_repeats(batch.keys, marks)
-        outcomes = bytes(marks)
+        marks = bytes([b.REPLACED]) * len(records)
+        if not all(records):
+            marks = bytes([b.CREATED if record is None else b.REPLACED for record in records])
+        outcomes = marks if len(before) == len(records) else _with_repeats(batch.keys, marks)
         writes = plain_writes(batch, epoch, first)
         added = data_bytes_added(writes, before)
         return Decision(writes, outcomes, added, BatchReply(outcomes, epoch, first))
@@ -311,7 +312,9 @@ class Writer:
         return bool(self._parked)
 
     def next_ns(self) -> int:
-        return min([end_ns for end_ns, *_ in self._parked.values()], default=NEVER_NS)
+        if not self._parked:
+            return NEVER_NS
+        return min([end_ns for end_ns, *_ in self._parked.values()])
 
     def on_deadline(self, now_ns: int) -> None:
         for park in [park for park, (end_ns, *_) in self._parked.items() if end_ns <= now_ns]:
@@ -333,9 +336,11 @@ def _fail_all(reply: BatchReply, reason: str) -> None:
             reply.failures[i] = failure.to_body()
 
 
-def _mark_repeats(keys: list[bytes], marks: list[int]) -> None:
+def _with_repeats(keys: list[bytes], outcomes: bytes) -> bytes:
     """A key that stands twice in a batch is there the second time."""
+    marks = bytearray(outcomes)
     first_at: dict[bytes, int] = {}
     for i, key in enumerate(keys):
         if first_at.setdefault(key, i) != i:
             marks[i] = b.REPLACED
+    return bytes(marks)

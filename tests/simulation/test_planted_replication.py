@@ -18,6 +18,7 @@ from nodes.machine.backup import Backup
 from nodes.machine.replica import Replica
 from nodes.machine.replication import Replication
 from nodes.machine.status import Status
+from nodes.machine.table import UNKNOWN
 from nodes.machine.writer import Writer
 from tests.simulation.test_seeds import run_all
 from tests.simulator.faults import Faults
@@ -25,7 +26,7 @@ from tests.simulator.state import Shard as State
 from tests.simulator.world import Violation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from bus_kv.core.machine import Load, ReplicaRow, Stored
     from bus_kv.protocol.shard_map import Shard
@@ -184,7 +185,15 @@ def newest_heartbeat_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read is answered from writes that are not committed yet."""
-    monkeypatch.setattr(Writer, "_committed", lambda self, keys: [self.latest(k) for k in keys])
+    committed = Writer._committed
+
+    def latest(writer: Writer, keys: Sequence[bytes]) -> tuple[list[Any], bool]:
+        records, is_known = committed(writer, keys)
+        for segment in writer._replica.tail.segments:
+            records = [*map(segment.writes.get, keys, records)]
+        return records, is_known or UNKNOWN not in records
+
+    monkeypatch.setattr(Writer, "_committed", latest)
 
 
 def read_without_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
