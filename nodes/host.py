@@ -17,6 +17,7 @@ from bus_kv.protocol.entry import decode_entry
 from bus_kv.protocol.requests import VERBS
 from bus_kv.protocol.sizes import MAX_PAYLOAD_BYTES_MIN
 from bus_kv.runtime.clock import Clock
+from bus_kv.runtime.collector import Collector
 from bus_kv.runtime.driver import Driver
 from bus_kv.runtime.nats_bus import BusError, NatsBus
 from bus_kv.runtime.process import ProcessError, unless_stopped
@@ -158,6 +159,7 @@ class NodeHost:
             },
             refuse=self._machine.door.overloaded,
             express=self._machine.express,
+            after_turn=Collector().after_turn,
         )  # fmt: skip
         loop = asyncio.get_running_loop()
         for disk in (self._log, self._state):

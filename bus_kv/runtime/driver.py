@@ -65,15 +65,17 @@ class Driver:
         subjects: dict[str, tuple[Callable[[str], str], str]] | None = None,
         refuse: Callable[[Received], Publish | None] | None = None,
         express: Callable[[Received], Publish | None] | None = None,
+        after_turn: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """`subjects` maps a channel to (name -> subject, queue group) for Subscribe; `refuse` answers a message that
-        finds the inbox full, `express` one that cannot wait for a turn."""
+        finds the inbox full, `express` one that cannot wait for a turn; `after_turn` is called when the effects of one
+        have left."""
         self.machine = machine
         self.halt: Halt | None = None
         self._bus, self._clock, self._store, self._log = bus, clock, store, log
         self._state = state
         self._subjects = subjects or {}
-        self._refuse, self._express = refuse, express
+        self._refuse, self._express, self._after_turn = refuse, express, after_turn
         self._inbox: deque[Event] = deque()
         self._inbox_max = inbox_messages_max
         self._deadline_ns: int | None = None
@@ -132,6 +134,7 @@ class Driver:
         while self.halt is None:
             await self._wait()
             await self._turn(self._inbox)
+            self._after_turn()
             if self._inbox:
                 await self._breathe()
         return self.halt

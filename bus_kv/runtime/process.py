@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import signal
 import sys
 from typing import TYPE_CHECKING
 
+from bus_kv.runtime import collector
 from bus_kv.runtime.connection import ConnectionConfigError
 from bus_kv.runtime.nats_bus import BusError, BusUnreachable
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("bus_kv.process")
 
-COLLECTOR_THRESHOLDS = (2_000, 10, 1000)
-"""Often and little at a time: what is young is in the processor's cache, and no pause is longer than a turn."""
 OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
 """Exit codes of every command."""
 
@@ -35,9 +33,7 @@ def run_process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> 
         sys.exit("bus_kv: do not run with -O: its assertions guard your data")
     # A commit's thread gets the interpreter back soon, also while a turn is busy.
     sys.setswitchinterval(0.0002)
-    # Nearly all garbage is freed by its reference counts; the collector would look through live records for the rest.
-    gc.freeze()
-    gc.set_threshold(*COLLECTOR_THRESHOLDS)
+    collector.begin()
     try:
         return uvloop.run(_with_signals(main))
     except BusUnreachable as error:
@@ -55,7 +51,7 @@ def run_process(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> 
             FAILED,
         )
     finally:
-        gc.unfreeze()  # else what libraries hold is still there at the end, and they complain
+        collector.end()
 
 
 async def _with_signals(main: Callable[[asyncio.Event], Coroutine[None, None, int]]) -> int:
