@@ -67,11 +67,14 @@ class Backup:
         if is_new_round or self._matched <= replica.durable_seq:
             self.acknowledge()  # else soon, when what has come is durable
 
-    def on_confirm(self, fields: dict[str, Any]) -> None:
-        """A confirm round alone: say that nothing higher is promised (R5)."""
+    def on_confirm(self, fields: dict[str, Any]) -> bool:
+        """A confirm round alone: say that nothing higher is promised (R5). Whether the turn has to look at the replica
+        for it."""
+        before, is_first = (self._replica.promised, self._replica.status), False
         if self._follow(fields):
             self._round = max(self._round, fields["round"])
-            self.acknowledge()
+            is_first = self.acknowledge()
+        return is_first or before != (self._replica.promised, self._replica.status)
 
     def _follow(self, fields: dict[str, Any]) -> bool:
         """Whether what a primary says is for this replica, and of the epoch that it takes part in from now on (R1)."""
@@ -148,13 +151,15 @@ class Backup:
             self._ahead.clear()
             self._ahead_bytes = 0
 
-    def acknowledge(self) -> None:
-        """Tell the primary what is durable of what matches; commit as far as it has said, after that (R1, R2)."""
+    def acknowledge(self) -> bool:
+        """Tell the primary what is durable of what matches; commit as far as it has said, after that (R1, R2). Whether
+        it is the first time in this life that all of that is here, so that it can be read."""
         replica = self._replica
         if replica.status is not Status.FOLLOWING or replica.durable_promise != replica.promised:
-            return
+            return False
         match = min(self._matched, replica.durable_seq)
         replica.commit_soon(min(self._primary_commit, match))
+        had_all = self.fresh_ns > 0
         if match >= self._primary_commit:
             self.fresh_ns = max(self.fresh_ns, self._told_ns)
         epoch, token = replica.promised
@@ -164,6 +169,7 @@ class Backup:
             "round": self._round,
         }  # fmt: skip
         replica.ports.tell(self.primary, answer)
+        return self.fresh_ns > 0 and not had_all
 
 
 def _check_chain(shard: str, previous: Position, entries: list[Entry]) -> None:

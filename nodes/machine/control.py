@@ -207,19 +207,24 @@ class Control:
     def _on_told(self, fields: dict[str, Any], reply: Reply) -> None:
         """What replicas tell one another, of all their shards at once."""
         del reply
+        replicas = self._node.replicas
         for item in fields["items"]:
-            replica = self._node.replicas.get(item["shard"])
+            replica = replicas.glance(item["shard"])
             if replica is None:
                 continue
             if item["type"] == "matched":
-                replica.on_replica_answer(item)
+                is_news = replica.on_replica_answer(item)
             elif item["type"] == "confirm":
-                replica.backup.on_confirm(item)
+                is_news = replica.backup.on_confirm(item)
             elif item["type"] == "here":
+                is_news = replica.replication is not None
                 if replica.replication is not None:
                     replica.replication.remind()
             else:
+                is_news = False
                 self._node.fetch_map()  # a replica has promised more: a newer epoch has begun
+            if is_news:
+                replicas.look_at(item["shard"])
 
     def _on_remembered(self, fields: dict[str, Any], reply: Reply) -> None:
         """The newest map that this node has seen (R10)."""

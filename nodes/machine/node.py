@@ -341,6 +341,7 @@ class NodeMachine:
                 self._effects.append(trim)
             self._effects += self.links.end_turn(replica)
             self.replicas.looked_at(replica)
+        self.replicas.end_turn()
         append = None
         is_new_map = self.map is not self._handed_map
         if entries or rows or self._after_rows or is_new_map:
@@ -357,8 +358,9 @@ class NodeMachine:
         while self._appended and self._appended[0][0] <= ticket:
             _, handed, callbacks = self._appended.popleft()
             for replica in handed:
-                self.replicas.touch(replica.shard.id)
-                replica.on_durable()
+                self.replicas.glance(replica.shard.id)
+                if replica.on_durable():
+                    self.replicas.look_at(replica.shard.id)
             for callback in callbacks:
                 callback()
 

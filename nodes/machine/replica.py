@@ -404,53 +404,59 @@ class Replica:
             self.now_ns, self.last, self._committed_seq, self.sizes.entry
         )
 
-    def on_durable(self) -> None:
-        """The oldest of what was handed to the log is durable."""
+    def on_durable(self) -> bool:
+        """The oldest of what was handed to the log is durable. Whether the turn has to look at the replica for it."""
         seq, cuts, self.durable_promise = self._handed.popleft()
         if cuts == self._cuts:
             # Else the log was cut since, and how far it is durable the next one will tell.
             self.durable_seq = seq
         if self.replication is None:
             return self.backup.acknowledge()
-        if self.status is Status.OPENING and self.durable_seq >= self.replication.opening:
+        is_opened = self.status is Status.OPENING and self.durable_seq >= self.replication.opening
+        if is_opened:
             self.status = Status.OPENED
         self.replication.match[self.node] = self.durable_seq
-        return self._progress()
+        return self._progress() or is_opened
 
-    def on_replica_answer(self, fields: dict[str, Any]) -> None:
-        """A replica of the own epoch tells how far it matches and which confirm round it has seen."""
+    def on_replica_answer(self, fields: dict[str, Any]) -> bool:
+        """A replica of the own epoch tells how far it matches and which confirm round it has seen. Whether the turn has
+        to look at this one for it."""
         replication = self.replication
         if replication is None or (fields["epoch"], fields["token"]) != self.promised:
-            return
-        if replication.on_answer(
+            return False
+        is_ours = replication.on_answer(
             fields["node"], fields["incarnation"], fields["match"], fields["round"]
-        ):
-            self._progress()
+        )
+        return is_ours and self._progress()
 
-    def _progress(self) -> None:
-        """Commit and answer what has become possible."""
+    def _progress(self) -> bool:
+        """Commit and answer what has become possible. Whether anybody was told: what he does then may concern this
+        replica again."""
         replication = self.replication
         assert replication is not None
+        is_told = False
         if self._on_opened is not None and self.is_opened:
-            opened, self._on_opened = self._on_opened, None
+            opened, self._on_opened, is_told = self._on_opened, None, True
             opened()
         if self.status is not Status.ACTIVE:
-            return
+            return is_told
         # Not beyond the own disk: the state must never hold more than the log beside it.
         seq = min(replication.quorum(replication.match), self.durable_seq)
         if seq >= replication.opening:
             self.commit_soon(seq)
         if self._ones:
-            self._ones.release(self.durable_seq, ANY_ROUND)
+            is_told |= self._ones.release(self.durable_seq, ANY_ROUND)
         if self._writes:
-            self._writes.release(self._committed_seq, ANY_ROUND)
+            is_told |= self._writes.release(self._committed_seq, ANY_ROUND)
         if self._reads:
-            self._reads.release(self._committed_seq, replication.quorum(replication.rounds))
+            rounds = replication.quorum(replication.rounds)
+            is_told |= self._reads.release(self._committed_seq, rounds)
         all_seq = min(self._committed_seq, replication.all(replication.match))
         if all_seq > self.everywhere_seq and len(replication.shard.members) >= self.members_for_all:
             self.everywhere_seq = replication.everywhere = all_seq
         if self._alls:
-            self._alls.release(all_seq, replication.all(replication.rounds))
+            is_told |= self._alls.release(all_seq, replication.all(replication.rounds))
+        return is_told
 
     # ---- answers ----
 

@@ -21,6 +21,8 @@ class Replicas:
         self._held: dict[str, Replica] = {}
         self._touched: set[str] = set()
         """To be looked at in this turn."""
+        self._glanced: dict[str, None] = {}
+        """Which were told something in this turn, and are not to be looked at for that."""
         self._unsettled: dict[str, None] = {}
         """Which have left something to be done after the last turn, and were not touched since."""
         self._unplanned: dict[str, None] = {}
@@ -45,10 +47,22 @@ class Replicas:
 
     def touch(self, shard: str) -> None:
         """Something has come for this replica, or it is about to be changed: what is committed is applied by then."""
-        self._touched.add(shard)
-        self._unplanned[shard] = None
+        self.look_at(shard)
         self._unsettled.pop(shard, None)
         self._held[shard].settle()
+
+    def look_at(self, shard: str) -> None:
+        """The turn has something to do for this replica."""
+        self._touched.add(shard)
+        self._unplanned[shard] = None
+
+    def glance(self, shard: str) -> Replica | None:
+        """The replica of a shard, to tell it what most often leaves the turn nothing to do; `look_at` it otherwise."""
+        if shard in self._unsettled:
+            self.touch(shard)
+        if shard in self._held:
+            self._glanced[shard] = None
+        return self._held.get(shard)
 
     def values(self) -> ValuesView[Replica]:
         """All of them, to be read only."""
@@ -76,8 +90,14 @@ class Replicas:
 
     def looked_at(self, replica: Replica) -> None:
         """Its part of the turn is over."""
+        self._glanced.pop(replica.shard.id, None)
         if not replica.is_settled:
             self._unsettled[replica.shard.id] = None
+
+    def end_turn(self) -> None:
+        """The turn has looked at all that it has to."""
+        for shard in [*self._glanced]:
+            self.looked_at(self._held[shard])
 
     @property
     def are_settled(self) -> bool:

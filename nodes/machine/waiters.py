@@ -47,14 +47,15 @@ class Waiters:
         self.next_ns = min(self.next_ns, waiting.deadline_ns)
         self._queue.append(waiting)
 
-    def release(self, seq: int, round: int) -> None:
-        """Answer those for whom this is enough."""
-        queue = self._queue
+    def release(self, seq: int, round: int) -> bool:
+        """Answer those for whom this is enough; whether there were any."""
+        queue, is_any = self._queue, False
         while queue and queue[0].seq <= seq and queue[0].round <= round:
-            waiting = queue.popleft()
+            waiting, is_any = queue.popleft(), True
             if not queue:
                 self.next_ns = NEVER_NS
             waiting.respond(waiting.reply)
+        return is_any
 
     def take_late(self, now_ns: int) -> list[Waiting[Any]]:
         """Those whose time is over."""
