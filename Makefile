@@ -81,7 +81,7 @@ clean:  ## remove all that the other targets made, but no data
 	for name in $(if $(PYTHON),$(PYTHON),$(PYTHONS)); do
 		while read -r path; do
 			fitness=0
-			"$$path" bus_kv/runtime/interpreter.py >/dev/null 2>&1 </dev/null || fitness=$$?
+			"$$path" -I bus_kv/runtime/interpreter.py >/dev/null 2>&1 </dev/null || fitness=$$?
 			case $$fitness in
 				0) python=$$path; break 2 ;;
 				3) slow=$${slow:-$$path} ;;

@@ -219,17 +219,19 @@ class Client:
     ) -> asyncio.Future[Any]:  # fmt: skip
         if self._closed:
             raise ShardUnavailable(self._closed)
-        session = self._session
-        if not session.dirty:
-            # The first since the last turn; for all until the next one it is the same moment.
-            self._asked_ns = self._clock.now_ns()
-            self._driver.wake()
         future = self._loop.create_future()
-        session.submit(
-            kind, key, value, future, self._asked_ns, keyspace, consistency, if_absent, if_version,
-            ttl_ms,
+        self._session.submit(
+            kind, key, value, future, self._asked_at_ns(), keyspace, consistency, if_absent,
+            if_version, ttl_ms,
         )  # fmt: skip
         return future
+
+    def _asked_at_ns(self) -> int:
+        """Now; for all that is asked for until the session's next turn, which comes soon, it is the same moment."""
+        if not self._session.dirty:
+            self._asked_ns = self._clock.now_ns()
+            self._driver.wake()
+        return self._asked_ns
 
     def _value(self, value: Text) -> bytes:
         encoded = _bytes(value)
@@ -291,10 +293,9 @@ class Client:
             future: asyncio.Future[list[Any]] = self._loop.create_future()
             tokens = _Group(len(keys[part]), future).tokens()
             self._session.submit_many(
-                kind, keys[part], values[part], tokens, self._clock.now_ns(), keyspace,
-                consistency, ttl_ms,
+                kind, keys[part], values[part], tokens, self._asked_at_ns(), keyspace, consistency,
+                ttl_ms,
             )  # fmt: skip
-            self._driver.wake()
             under_way.append(future)
             # Let it leave before the next one is prepared.
             await asyncio.sleep(0)

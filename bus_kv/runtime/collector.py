@@ -2,8 +2,8 @@
 
 Left alone it looks once so and so many objects more were made than freed. A node frees one record for nearly every one
 that it makes, so that took long, and then tens of thousands of new ones were looked through at once: pauses of ten
-milliseconds. Looked at soon, while the processor still has them at hand, they cost a third of that, and no pause is
-longer than a turn. Records that were looked at once are never looked at again.
+milliseconds. Looked at soon, while the processor still has them at hand, they cost a third of that, a bit at a time.
+Records that were looked at once are never looked at again, but with all else, which is seldom: that is left to Python.
 """
 
 from __future__ import annotations

@@ -209,22 +209,28 @@ class Control:
         del reply
         replicas = self._node.replicas
         for item in fields["items"]:
-            replica = replicas.glance(item["shard"])
+            shard, is_news = item["shard"], True
+            replica = replicas.glance(shard)
             if replica is None:
                 continue
-            if item["type"] == "matched":
-                is_news = replica.on_replica_answer(item)
-            elif item["type"] == "confirm":
-                is_news = replica.backup.on_confirm(item)
-            elif item["type"] == "here":
-                is_news = replica.replication is not None
-                if replica.replication is not None:
-                    replica.replication.remind()
-            else:
-                is_news = False
-                self._node.fetch_map()  # a replica has promised more: a newer epoch has begun
-            if is_news:
-                replicas.look_at(item["shard"])
+            try:
+                is_news = self._hear(replica, item)
+            finally:
+                if is_news:
+                    replicas.look_at(shard)
+
+    def _hear(self, replica: Replica, item: dict[str, Any]) -> bool:
+        """What another replica tells this one; whether the turn has to look at it for that."""
+        if item["type"] == "matched":
+            return replica.on_replica_answer(item)
+        if item["type"] == "confirm":
+            return replica.backup.on_confirm(item)
+        if item["type"] == "here":
+            if replica.replication is not None:
+                replica.replication.remind()
+            return True
+        self._node.fetch_map()  # a replica has promised more: a newer epoch has begun
+        return False
 
     def _on_remembered(self, fields: dict[str, Any], reply: Reply) -> None:
         """The newest map that this node has seen (R10)."""

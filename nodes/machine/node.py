@@ -228,6 +228,8 @@ class NodeMachine:
     def _run(self) -> None:
         self.is_running, self._hello = True, None
         self._effects.append(Subscribe("verb", "", True))
+        for replica in self.replicas.values():
+            self.replicas.touch(replica.shard.id)  # from now on they listen
         self._follow_all(self.map.shards.values())
         self.fetch_map()
         self.beat()

@@ -67,7 +67,10 @@ class Segment:
         self.logged.append(logged)
         self.batches.append(raw)
         self.batch_bytes += len(raw) + len(logged.outcomes)
-        self.writes = self.writes | writes if self.writes else writes
+        if self.writes:
+            self.writes |= writes
+        else:
+            self.writes = writes
         self.last = logged.first + applied_count(logged.outcomes) - 1
         self.keys += logged.outcomes.count(b.CREATED) - logged.outcomes.count(b.DELETED)
         self.data_bytes += data_bytes

@@ -146,11 +146,11 @@ def commit_seq_beyond_the_match(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup commits what the primary has committed, whatever its own log holds there."""
     acknowledge = Backup.acknowledge
 
-    def bold(self: Backup) -> None:
+    def bold(self: Backup) -> bool:
         replica = self._replica
         if replica.status is Status.FOLLOWING:
             replica.commit_soon(min(self._primary_commit, replica.durable_seq))
-        acknowledge(self)
+        return acknowledge(self)
 
     monkeypatch.setattr(Backup, "acknowledge", bold)
 
@@ -159,11 +159,12 @@ def ack_names_the_end_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backup acknowledges all it has, its unmatched end included."""
     acknowledge = Backup.acknowledge
 
-    def generous(self: Backup) -> None:
+    def generous(self: Backup) -> bool:
         matched, self._matched = self._matched, self._replica.last[1]
         commit, self._primary_commit = self._primary_commit, min(self._primary_commit, matched)
-        acknowledge(self)
+        is_first = acknowledge(self)
         self._matched, self._primary_commit = matched, commit
+        return is_first
 
     monkeypatch.setattr(Backup, "acknowledge", generous)
 
@@ -266,12 +267,12 @@ def epoch_opened_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 def older_epochs_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A primary commits entries of earlier epochs by counting copies, before its own opening entry is there."""
 
-    def progress(self: Replica) -> None:
+    def progress(self: Replica) -> bool:
         assert self.replication is not None
         if self.status in (Status.OPENED, Status.ACTIVE):
             count = self.replication.quorum(self.replication.match)
             self.commit_soon(min(count, self.durable_seq))
-        honest(self)
+        return honest(self)
 
     honest = Replica._progress
     monkeypatch.setattr(Replica, "_progress", progress)

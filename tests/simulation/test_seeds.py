@@ -178,10 +178,11 @@ def serves_before_active(monkeypatch: pytest.MonkeyPatch) -> None:
     """A primary serves without having been told that its epoch is ACTIVE."""
     on_durable = Replica.on_durable
 
-    def serve(self: Replica) -> None:
-        on_durable(self)
+    def serve(self: Replica) -> bool:
+        is_news = on_durable(self)
         if self.status is Status.OPENED and self.is_opened:
             self.activate(self.shard)
+        return is_news
 
     monkeypatch.setattr(Replica, "on_durable", serve)
 

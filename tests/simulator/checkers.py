@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.entry import decode_entry
-from nodes.machine.table import UNKNOWN
+from nodes.machine.status import Status
+from nodes.machine.table import RECORD_BYTES, UNKNOWN
 from tests.simulator.world import Violation
 
 CLOCKS_MS_MAX = 20_000
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from bus_kv.core.machine import EntryRow
     from bus_kv.protocol.shard_map import Shard as MapShard
+    from nodes.machine.node import NodeMachine
     from nodes.machine.replica import Replica
     from nodes.machine.table import Record, Table
     from tests.simulator.state import Shard
@@ -271,3 +273,32 @@ def replayed(log: list[Logged]) -> dict[bytes, Record]:
         else:
             records[operation.key] = (operation.value, *operation.version, operation.expires_at)
     return records
+
+
+def check_looked_at(node: NodeMachine, replica: Replica) -> None:
+    """After a turn, whether it has looked at the replica or not, nothing is left that only a look would have done."""
+    shard, replication = replica.shard.id, replica.replication
+    if shard in node.replicas._touched:
+        return  # for the next turn
+    left: dict[str, Any] = {
+        "rows for the log": replica._rows or replica._row_changed,
+        "a request to be judged": replica._soon,
+        "a decision without an entry": any(not s.appended for s in replica.tail.segments),
+        "a subscription": node.links._listen(replica),
+        "a deadline": shard not in node.replicas._unplanned
+        and replica.next_deadline_ns() < node.replicas._deadlines_ns[shard],
+    }
+    if replication is not None and replica.status is not Status.OPENING:
+        left["entries for the others"] = replication._pending
+        left["a confirm round"] = replication._round_wanted
+    for what, is_left in left.items():
+        if is_left:
+            raise Violation(f"{node.config.id} has forgotten {what} of shard {shard}")
+
+
+def check_cache(table: Table) -> None:
+    """The cache's bound is worth as much as the bytes that it counts."""
+    records = table.young.items()
+    held = sum(len(key) + RECORD_BYTES + (len(r[0]) if r else 0) for key, r in records)
+    if held != table._young_bytes:
+        raise Violation(f"the cache holds {held} bytes and counts {table._young_bytes}")

@@ -28,6 +28,7 @@ from nodes.machine.node import NodeConfig, NodeMachine
 from nodes.machine.replica import Past
 from nodes.machine.status import Status
 from tests.simulator.bus import MAX_PAYLOAD_BYTES, Bus
+from tests.simulator.checkers import check_cache, check_looked_at
 from tests.simulator.disk import Disk
 from tests.simulator.process import Process
 from tests.simulator.store import Store
@@ -156,6 +157,8 @@ class Cluster:
             if cut.shard not in replaced:
                 self._see_cut(process, cut)
         for replica in process.machine.replicas.values():
+            check_looked_at(process.machine, replica)
+            check_cache(replica.table)
             self._see_committed(process, replica)
             if replica.status is Status.ACTIVE:
                 self._see_active(process, replica)

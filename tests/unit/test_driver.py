@@ -191,3 +191,19 @@ async def test_what_can_wait_is_done_when_the_effects_have_left() -> None:
     driver.offer(Received("shard", "s1", b"", "", None))
     await driver.run()
     assert both.done == ["published", "left", "append 1", "settled", "published", "left"]
+
+
+async def test_the_log_begins_before_what_can_wait_and_turns_are_told_of() -> None:
+    class Threaded(Recording):
+        def append(self, append: Append) -> None:
+            asyncio.get_running_loop().call_soon(self.done.append, "begun")
+
+    both = Threaded()
+    driver = Driver(
+        Lazy(both.done), cast("Any", both), Clock(), inbox_messages_max=10, log=cast("Any", both),
+        after_turn=lambda: both.done.append("turned"),
+    )  # fmt: skip
+    driver.offer(Received("shard", "s1", b"", "", None))
+    await driver.run()
+    first, second = ["published", "left", "turned"], ["published", "left", "turned"]
+    assert both.done == [*first, "begun", "settled", *second]

@@ -63,3 +63,37 @@ def test_a_node_says_when_what_was_done_after_a_turn_needs_another(
     monkeypatch.setattr(node.replicas, "settle", lambda: node.ask(question, lambda *_: None))
     assert node.settle(SECOND_NS)
     assert node.take_ready(SECOND_NS).effects == [question]
+
+
+def glanced(trio: Trio) -> Replicas:
+    """The replicas of n1 in a turn in which the acknowledgement came that commits its entry."""
+    replicas = Replicas()
+    replicas.put(trio.nodes["n1"].replica)
+    (replica,) = replicas.take_touched()
+    replica.end_turn()
+    replicas.looked_at(replica)
+    replicas.end_turn()
+    assert replicas.are_settled
+    trio.put("n1", b"k", b"v")
+    trio.turn("n1")
+    assert replicas.glance("s1") is replica
+    replica.commit_soon(replica.last[1])
+    return replicas
+
+
+def test_what_was_committed_at_a_glance_is_applied_after_the_turn(trio: Trio) -> None:
+    replicas = glanced(trio)
+    assert replicas.take_touched() == []
+    replicas.end_turn()
+    assert not replicas.are_settled
+    replicas.settle()
+    assert trio.nodes["n1"].replica.commit_seq == trio.nodes["n1"].replica.last[1]
+
+
+def test_what_was_left_is_done_before_the_next_glance(trio: Trio) -> None:
+    replicas = glanced(trio)
+    replicas.end_turn()
+    replica = replicas.glance("s1")
+    assert replica is not None
+    assert replica.is_settled
+    assert replicas.take_touched() == [replica]
