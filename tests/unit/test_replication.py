@@ -509,3 +509,39 @@ def test_members_put_off_their_first_fold_by_different_times() -> None:
     trio.put("n1", b"k", b"v")
     trio.settle()
     assert len({trio[name].folder.next_ns() for name in trio.nodes}) == 3
+
+
+def test_a_turn_looks_at_who_has_answered_somebody(trio: Trio) -> None:
+    """What he asks for next, in that very moment, is for this turn: a delete_prefix goes on so. One acknowledgement
+    that answers nobody is nothing to look at."""
+    primary = trio["n1"]
+    answers = trio.put("n1", b"k", b"1")
+    trio.turn("n1")
+    trio.deliver(trio.messages("n1"), "n2", "n3")
+    for name in ("n2", "n3"):
+        trio.fsync(name)
+    acknowledged = [fields for n in ("n2", "n3") for _, fields in trio.nodes[n].tells]
+    assert not primary.on_replica_answer(acknowledged[0])
+    assert answers == []
+    trio.fsync("n1")
+    assert len(answers) == 1
+    assert not primary.on_replica_answer(acknowledged[-1])
+    answers = trio.put("n1", b"k", b"2")
+    trio.turn("n1")
+    trio.deliver(trio.messages("n1"), "n2")
+    trio.fsync("n1")
+    trio.nodes["n2"].tells.clear()
+    trio.fsync("n2")
+    assert answers == []
+    assert primary.on_replica_answer(trio.nodes["n2"].tells[-1][1])
+    assert len(answers) == 1
+
+
+def test_a_turn_looks_at_a_backup_whose_epoch_a_confirm_round_begins(trio: Trio) -> None:
+    """Its promise has to become durable, and it listens anew."""
+    trio.get("n1", b"k")
+    trio.messages("n1")
+    question = next(f for _, f in trio.nodes["n1"].tells if f["type"] == "confirm")
+    assert not trio["n2"].backup.on_confirm(question)
+    assert trio["n2"].backup.on_confirm({**question, "epoch": 2, "token": "t2"})
+    assert trio["n2"].promised == (2, "t2")
