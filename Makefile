@@ -95,7 +95,7 @@ clean:  ## remove all that the other targets made, but no data
 	fi
 	if [ -z "$$python" ]; then
 		echo 'make setup: Python 3.11 or later with its venv is missing$(if $(PYTHON), ($(PYTHON) is not)):' \
-			'apt-get install python3 python3-venv, or name one: make setup PYTHON=/path/to/python3.11' >&2
+			'apt-get install python3 python3-venv (python3.12-venv for a python3.12), or name one: make setup PYTHON=/path/to/python3.11' >&2
 		exit 1
 	fi
 	echo "make setup: .venv is made by $$python" >&2

@@ -1,4 +1,4 @@
-"""When a node looks for garbage that reference counts do not free."""
+"""When a node collects garbage that reference counts do not free."""
 
 import gc
 import weakref
@@ -47,7 +47,7 @@ def test_what_is_dropped_goes_after_a_turn_but_not_after_every_one(clock: Clock)
     assert second() is None
 
 
-def test_what_was_dropped_later_than_it_was_looked_at_goes_as_well(clock: Clock):
+def test_what_was_dropped_after_it_had_outlived_a_collection_goes_as_well(clock: Clock):
     collector = Collector()
     held = Knot()
     told = weakref.ref(held)
@@ -59,7 +59,7 @@ def test_what_was_dropped_later_than_it_was_looked_at_goes_as_well(clock: Clock)
     assert told() is None
 
 
-def test_a_record_is_looked_at_once(clock: Clock):
+def test_a_record_is_tracked_until_its_first_collection(clock: Clock):
     value = b"value"
     record = (value, 3, 7 + len(value), None)
     assert gc.is_tracked(record)

@@ -14,7 +14,7 @@ from bus_kv.runtime import interpreter
     ("arguments", "prefix", "is_optimized"),
     [
         ("'--enable-optimizations' '--with-lto'", "/usr/local", True),
-        ("'--enable-shared'", "/root/.pyenv/versions/3.11.7", False),
+        ("'--enable-shared'", "/opt/pyenv/versions/3.11.7", False),
         (None, "/opt/python", False),
         ("'--enable-shared'", "/usr", True),
     ],
