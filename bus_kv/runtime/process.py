@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("bus_kv.process")
 
+STOP_TRIES, STOP_TRY_S = 10, 0.2
 OK, FAILED, USAGE, UNREACHABLE = 0, 1, 2, 3
 """Exit codes of every command."""
 
@@ -68,12 +69,15 @@ async def unless_stopped(task: Coroutine[None, None, None], stop: asyncio.Event)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait([work, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
-    if not work.done():
+    if work.done():
+        work.result()
+        return True
+    for _ in range(STOP_TRIES):
+        # Once may not do: wait_for, by which nats-py connects, loses one that meets the end of what it waits for.
         work.cancel()
-        await asyncio.wait([work], timeout=2.0)
-        return False
-    work.result()
-    return True
+        if (await asyncio.wait([work], timeout=STOP_TRY_S))[0]:
+            break
+    return False
 
 
 def _fail(error: Exception | str, code: int) -> int:
