@@ -176,7 +176,7 @@ async def without_n3(nats_url: str, folder: Path, *, is_member: bool) -> AsyncIt
     """n3 of three members is dead: the shard waits for it, or has gone on without it."""
     misses_max = 1000 if is_member else 1
     async with cluster_on(nats_url, folder, nodes=3, heartbeat_misses_max=misses_max) as cluster:
-        cluster.kill("n3")
+        await cluster.lose("n3")
         if not is_member:
             await cluster.until_members("n1", "n2")
         yield cluster

@@ -156,7 +156,7 @@ async def test_with_auto_failover_off_only_an_operator_has_another_take_over(
     ran = await command(cluster, "config", "set", "auto_failover", "off")
     assert ran.text == "auto_failover of the cluster is off\n"
     await cluster.bus.ok("put", key="a", value="1")
-    cluster.kill("n1")
+    await cluster.lose("n1")
     put: dict[str, Any] = {"key": "a", "value": "2", "request_id": "me:1"}
     reply = await cluster.bus.ask("put", **put)
     assert reply.fields["retry"] is True
@@ -232,7 +232,7 @@ async def test_a_returning_primary_tells_what_it_cuts(cluster: Cluster) -> None:
     await events.listen(cluster)
     await cluster.bus.ok("put", key="a", value="1", consistency="all")
     for node in ("n2", "n3"):
-        cluster.kill(node)
+        await cluster.lose(node)
     only = await cluster.bus.ok("put", key="a", value="2", consistency="one")
     cluster.kill("n1")
     for node in ("n2", "n3"):

@@ -143,8 +143,8 @@ async def is_down(bus: Bus, node: str) -> bool:
 async def test_without_a_majority_nothing_is_acknowledged(cluster: Cluster) -> None:
     """The primary has the writes and cannot know what becomes of them."""
     await cluster.bus.ok("put", key="a", value="1")
-    cluster.kill("n2")
-    cluster.kill("n3")
+    await cluster.lose("n2")
+    await cluster.lose("n3")
     puts: list[dict[str, Any]] = [
         {"key": "a", "value": "2", "request_id": f"me:{i}"} for i in range(3)
     ]

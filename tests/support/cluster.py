@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import cbor2
 import nats
 from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -200,6 +201,21 @@ class Cluster:
         """SIGKILL, and wait for the end."""
         self._processes[name].kill()
         self._processes[name].wait(10)
+
+    async def lose(self, node: str) -> None:
+        """SIGKILL, and wait until NATS knows: for some moments it still sends requests to who is dead."""
+        self.kill(node)
+
+        async def is_known() -> bool:
+            try:
+                await self.bus.client.request(f"{self.root}.node.{node}.inbox", timeout=0.2)
+            except NoRespondersError:
+                return True
+            except NatsTimeoutError:
+                pass
+            return False
+
+        await until(is_known)
 
     def pause(self, name: str) -> None:
         self._processes[name].send_signal(signal.SIGSTOP)
