@@ -123,6 +123,8 @@ class NodeLog:
         db.execute("PRAGMA synchronous = FULL")
         db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         db.execute("PRAGMA cache_size = -8192")
+        # Some distributions build SQLite so that it overwrites what is deleted: as many pages again.
+        db.execute("PRAGMA secure_delete = OFF")
         _, valid_frames, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         if cut_commits(self.path.with_name(f"{LOG_NAME}-wal"), valid_frames) > 1:
             raise _damaged(self.path, "its write-ahead log has a bad frame before whole commits")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bus_kv.core.machine import Append, AppendCompleted, EntryRow, LogRead
+from bus_kv.core.machine import Append, AppendCompleted, EntryRow, LogRead, Trim
 from bus_kv.protocol.codec import encode_cbor
 from bus_kv.protocol.sizes import Sizes
 from nodes.log import LOG_NAME, NodeLog
@@ -47,6 +47,19 @@ def test_an_append_of_nothing_is_completed(log: Log) -> None:
     log.append(3)
     log.until_completed(3)
     assert log.log.end("s1") == 1
+
+
+def test_what_may_go_is_deleted_with_what_is_added(log: Log) -> None:
+    """A few more at a time: in the end nothing of it is left."""
+    log.append(1, *(EntryRow("s1", i, 1, b"x") for i in range(1, 201)))
+    log.until_completed(1)
+    log.log.trim(Trim("s1", 150))
+    for ticket in range(2, 100):
+        log.append(ticket, EntryRow("s1", 199 + ticket, 1, b"x"))
+        log.until_completed(ticket)
+    log.log.close()
+    log.log = NodeLog(log.log.path.parent, "n1")
+    assert [row.last for row in log.log.entries("s1")] == [*range(151, 299)]
 
 
 def shard_map(version: int, **epochs: int) -> dict[str, Any]:
