@@ -149,8 +149,11 @@ class Client:
         self, key: Text, *, consistency: str | None = None, keyspace: str = "default"
     ) -> Entry:
         """Read a key. An absent one is an Entry with `found` False."""
-        entry: Entry = await self._submit(b.GET, _key(key), None, keyspace, consistency)
-        return entry
+        if self._closed:
+            raise ShardUnavailable(self._closed)
+        future: asyncio.Future[Entry] = self._loop.create_future()
+        self._session.get(_key(key), future, self._asked_at_ns(), keyspace, consistency)
+        return await future
 
     async def put(
         self, key: Text, value: Text, *, consistency: str | None = None, ttl_ms: int | None = None,
@@ -171,17 +174,10 @@ class Client:
             raise MalformedRequest("a put has if_absent or if_version, not both")
         if ttl_ms is not None:
             b.check_ttl(ttl_ms)
-        receipt: Receipt = await self._submit(
-            b.PUT,
-            _key(key),
-            self._value(value),
-            keyspace,
-            consistency,
-            if_absent,
-            if_version,
+        return await self._write(
+            b.PUT, _key(key), self._value(value), keyspace, consistency, if_absent, if_version,
             ttl_ms,
-        )
-        return receipt
+        )  # fmt: skip
 
     async def delete(
         self, key: Text, *, consistency: str | None = None, if_version: Version | None = None,
@@ -193,10 +189,9 @@ class Client:
                 "delete", key, request_id, consistency, keyspace,
                 if_version=if_version and list(if_version),
             )  # fmt: skip
-        receipt: Receipt = await self._submit(
+        return await self._write(
             b.DELETE, _key(key), None, keyspace, consistency, False, if_version
         )
-        return receipt
 
     async def _named(
         self, verb: str, key: Text, request_id: str, consistency: str | None, keyspace: str,
@@ -213,14 +208,14 @@ class Client:
             reply["shard"], version, reply["found"], reply["consistency"], self._fates
         )  # fmt: skip
 
-    def _submit(
+    def _write(
         self, kind: int, key: bytes, value: bytes | None, keyspace: str, consistency: str | None,
         if_absent: bool = False, if_version: Version | None = None, ttl_ms: int | None = None,
-    ) -> asyncio.Future[Any]:  # fmt: skip
+    ) -> asyncio.Future[Receipt]:  # fmt: skip
         if self._closed:
             raise ShardUnavailable(self._closed)
-        future = self._loop.create_future()
-        self._session.submit(
+        future: asyncio.Future[Receipt] = self._loop.create_future()
+        self._session.write(
             kind, key, value, future, self._asked_at_ns(), keyspace, consistency, if_absent,
             if_version, ttl_ms,
         )  # fmt: skip

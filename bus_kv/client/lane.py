@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING, Any
 
 from bus_kv.core.fate import Fate
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Columns:
-    """Operations as parallel arrays, an index each; what is rarely set is a sparse map."""
+    """Operations as parallel arrays, an index each; what is rarely set is a sparse map. All are gets, or none is."""
 
-    kinds: bytearray = field(default_factory=bytearray)
     keys: list[bytes] = field(default_factory=list)
-    values: list[bytes | None] = field(default_factory=list)
     tokens: list[Any] = field(default_factory=list)
     """Whom to tell the outcome."""
     deadlines_ns: list[int] = field(default_factory=list)
+    kinds: bytearray = field(default_factory=bytearray)
+    values: list[bytes | None] = field(default_factory=list)
+    """Neither is filled in for gets."""
     conditions: dict[int, Version | None] = field(default_factory=dict)
     ttls_ms: dict[int, int] = field(default_factory=dict)
 
@@ -38,9 +39,10 @@ class Columns:
         self, kind: int, keys: list[bytes], values: Sequence[bytes | None], tokens: list[Any],
         deadline_ns: int,
     ) -> None:  # fmt: skip
-        self.kinds += bytes([kind]) * len(keys)
+        if kind != b.GET:
+            self.kinds += bytes([kind]) * len(keys)
+            self.values += values
         self.keys += keys
-        self.values += values
         self.tokens += tokens
         self.deadlines_ns += [deadline_ns] * len(keys)
 
@@ -50,7 +52,7 @@ class Columns:
         bytes_max -= ENVELOPE_BYTES
         if sum(map(len, keys)) + sum(map(len, values)) + count * OPERATION_BYTES <= bytes_max:
             return count
-        sizes = map(operation_bytes, keys, self.values)
+        sizes = map(operation_bytes, keys, self.values or repeat(None))
         return max(1, bisect_right([*accumulate(sizes)], bytes_max))
 
     def split(self, count: int) -> tuple[Columns, Columns]:
@@ -61,17 +63,17 @@ class Columns:
 
     def _slice(self, start: int, end: int) -> Columns:
         return Columns(
-            self.kinds[start:end],
             self.keys[start:end],
-            self.values[start:end],
             self.tokens[start:end],
             self.deadlines_ns[start:end],
+            self.kinds[start:end],
+            self.values[start:end],
             {i - start: c for i, c in self.conditions.items() if start <= i < end},
             {i - start: t for i, t in self.ttls_ms.items() if start <= i < end},
         )
 
     def batch(self, client: str, numbers: Sequence[int], consistency: str) -> Batch:
-        kinds = bytes(self.kinds)
+        kinds = bytes(self.kinds) or bytes([b.GET]) * len(self)
         return Batch(
             kinds, self.keys, self.values if b.PUT in kinds else [], client, numbers,
             conditions=self.conditions, ttls_ms=self.ttls_ms, consistency=consistency,
@@ -165,10 +167,12 @@ class Sent:
 
 
 def operations_of(columns: Columns, numbers: Sequence[int], lane: Lane) -> list[Operation]:
+    kinds, values = columns.kinds, columns.values
+    if lane.reads:
+        kinds, values = bytearray([b.GET]) * len(columns), [None] * len(columns)
     rows = zip(
-        columns.kinds, columns.keys, columns.values, columns.tokens, numbers, columns.deadlines_ns,
-        strict=True,
-    )  # fmt: skip
+        kinds, columns.keys, values, columns.tokens, numbers, columns.deadlines_ns, strict=True
+    )
     operations = [
         Operation(kind, key, value, token, number, deadline_ns, lane.keyspace, lane.consistency)
         for kind, key, value, token, number, deadline_ns in rows
@@ -181,12 +185,13 @@ def operations_of(columns: Columns, numbers: Sequence[int], lane: Lane) -> list[
 
 
 def columns_of(operations: list[Operation]) -> Columns:
+    writes = [o for o in operations if not o.is_read]
     return Columns(
-        bytearray([o.kind for o in operations]),
         [o.key for o in operations],
-        [o.value for o in operations],
         [o.token for o in operations],
         [o.deadline_ns for o in operations],
+        bytearray([o.kind for o in writes]),
+        [o.value for o in writes],
         {i: o.condition for i, o in enumerate(operations) if o.has_condition},
         {i: o.ttl_ms for i, o in enumerate(operations) if o.ttl_ms is not None},
     )

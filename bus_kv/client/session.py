@@ -80,6 +80,7 @@ class Session:
         self._subjects, self._knobs, self._done = subjects, knobs, done
         self._sizes = Sizes(max_payload_bytes)
         self._timeout_ns = int(knobs.client_timeout_s * SECOND_NS)
+        self._pending_max = knobs.client_pending_operations_max
         self._number = 0
         self._correlation = 0
         self._pending = 0
@@ -106,27 +107,49 @@ class Session:
 
     # ---- what a client asks for ----
 
-    def submit(
+    def get(
+        self, key: bytes, token: Any, now_ns: int, keyspace: str = "default",
+        consistency: str | None = None,
+    ) -> None:  # fmt: skip
+        """Take on a get; its outcome is told once, by `done([token], [outcome])`."""
+        if self._pending >= self._pending_max:
+            return self._done((token,), (_too_many(),))
+        self._pending += 1
+        lane = self._lane_of(True, key, keyspace, consistency)
+        if lane is None:
+            return self._route(
+                Operation(
+                    b.GET, key, None, token, self._next_number(), now_ns + self._timeout_ns,
+                    keyspace, consistency,
+                ), now_ns,
+            )  # fmt: skip
+        self.dirty[lane] = None
+        waiting = lane.waiting
+        waiting.keys.append(key)
+        waiting.tokens.append(token)
+        waiting.deadlines_ns.append(now_ns + self._timeout_ns)
+        return None
+
+    def write(
         self, kind: int, key: bytes, value: bytes | None, token: Any, now_ns: int,
         keyspace: str = "default", consistency: str | None = None, if_absent: bool = False,
         if_version: Version | None = None, ttl_ms: int | None = None,
     ) -> None:  # fmt: skip
-        """Take on a get, put or delete; its outcome is told once, by `done([token], [outcome])`."""
-        if self._pending >= self._knobs.client_pending_operations_max:
+        """Take on a put or delete, in the same way."""
+        if self._pending >= self._pending_max:
             return self._done((token,), (_too_many(),))
         self._pending += 1
-        deadline_ns = now_ns + self._timeout_ns
         has_condition = if_absent or if_version is not None
-        lane = self._lane_of(kind == b.GET, key, keyspace, consistency)
+        lane = self._lane_of(False, key, keyspace, consistency)
         if lane is None:
-            self._number += 1
-            operation = Operation(
-                kind, key, value, token, self._number, deadline_ns, keyspace, consistency,
-                has_condition, if_version, ttl_ms,
+            return self._route(
+                Operation(
+                    kind, key, value, token, self._next_number(), now_ns + self._timeout_ns,
+                    keyspace, consistency, has_condition, if_version, ttl_ms,
+                ), now_ns,
             )  # fmt: skip
-            return self._route(operation, now_ns)
-        waiting = lane.waiting
         self.dirty[lane] = None
+        waiting = lane.waiting
         if has_condition:
             waiting.conditions[len(waiting.keys)] = if_version
         if ttl_ms is not None:
@@ -135,24 +158,29 @@ class Session:
         waiting.keys.append(key)
         waiting.values.append(value)
         waiting.tokens.append(token)
-        waiting.deadlines_ns.append(deadline_ns)
+        waiting.deadlines_ns.append(now_ns + self._timeout_ns)
         return None
 
     def submit_many(
         self, kind: int, keys: list[bytes], values: Sequence[bytes | None], tokens: list[Any],
         now_ns: int, keyspace: str, consistency: str | None, ttl_ms: int | None,
     ) -> None:  # fmt: skip
-        """`submit` for many, none of them conditional; in one go when they belong to one shard."""
+        """The same for many, none of them conditional; in one go when they belong to one shard."""
         lane = self._lane_of(kind == b.GET, min(keys), keyspace, consistency)
-        room = self._knobs.client_pending_operations_max - self._pending
+        room = self._pending_max - self._pending
         if (
             lane is None
             or len(keys) > room
             or ttl_ms is not None
             or not self._owns(lane, max(keys))
         ):
-            for row in zip(keys, values, tokens, strict=True):
-                self.submit(kind, *row, now_ns, keyspace, consistency, ttl_ms=ttl_ms)
+            for key, value, token in zip(keys, values, tokens, strict=True):
+                if kind == b.GET:
+                    self.get(key, token, now_ns, keyspace, consistency)
+                else:
+                    self.write(
+                        kind, key, value, token, now_ns, keyspace, consistency, ttl_ms=ttl_ms
+                    )
             return
         self._pending += len(keys)
         self.dirty[lane] = None
@@ -167,8 +195,7 @@ class Session:
     def call(self, verb: str, fields: dict[str, Any], token: Any, now_ns: int) -> None:
         """Ask any node. What may be sent again is, under one request_id, until it is answered or its time is over."""
         if verb in WRITING_VERBS and "request_id" not in fields:
-            self._number += 1
-            fields = {**fields, "request_id": f"{self.client}:{self._number}"}
+            fields = {**fields, "request_id": f"{self.client}:{self._next_number()}"}
         attempt_ns, timeout_ns = patience_ns(verb, self._knobs)
         subject, body = self._subjects.verb(verb), encode_cbor(fields)
         call = Call(verb, subject, body, token, now_ns + timeout_ns, attempt_ns)
@@ -186,7 +213,7 @@ class Session:
         return self._begin_call(call, now_ns)
 
     def _begin_call(self, call: Call, now_ns: int) -> None:
-        if self._pending >= self._knobs.client_pending_operations_max:
+        if self._pending >= self._pending_max:
             return self._done((call.token,), (_too_many(),))
         if len(call.body) > self._sizes.message:
             refusal = ValueTooLarge(f"a request has at most {self._sizes.message} bytes; send less")
@@ -554,6 +581,10 @@ class Session:
             self.fetch_routes(now_ns)
         heapq.heappush(self._paused, (at_ns, self._next_order(), operation))
         return None
+
+    def _next_number(self) -> int:
+        self._number += 1
+        return self._number
 
     def _next_order(self) -> int:
         self._correlation += 1

@@ -73,7 +73,7 @@ class Writer:
         if not self.stopped:
             key, value = self.random.choice([b"a", b"b"]), self.name.encode()
             now_ns = self.process.now_ns
-            self.session.submit(b.PUT, key, value, Put(), now_ns, consistency="one")
+            self.session.write(b.PUT, key, value, Put(), now_ns, consistency="one")
             self.process.schedule()
 
     def ask(self, version: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ with the files; heartbeats, leases and map reads are left out.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,19 +73,21 @@ class Story:
         self.world.run_until(self.world.now_ns + ms * MILLISECOND_NS)
 
     def put(self, key: str, value: str, level: str = "quorum") -> None:
-        self._submit(b.PUT, key, value.encode(), level)
+        call = partial(self._session.write, b.PUT, key.encode(), value.encode())
+        self._call(call, f"put {key}", level)
 
     def get(self, key: str, level: str = "quorum") -> None:
-        self._submit(b.GET, key, None, level)
+        self._call(partial(self._session.get, key.encode()), f"get {key}", level)
 
-    def _submit(self, kind: int, key: str, value: bytes | None, level: str) -> None:
-        assert isinstance(self.client.machine, Session)
-        name = "get" if kind == b.GET else "put"
-        self.world.note("client", f"calls {name} {key} at {level.upper()}")
-        self.client.machine.submit(
-            kind, key.encode(), value, f"{name} {key}", self.client.now_ns, consistency=level
-        )
+    def _call(self, call: Callable[..., None], name: str, level: str) -> None:
+        self.world.note("client", f"calls {name} at {level.upper()}")
+        call(name, self.client.now_ns, consistency=level)
         self.client.schedule()
+
+    @property
+    def _session(self) -> Session:
+        assert isinstance(self.client.machine, Session)
+        return self.client.machine
 
     def _on_done(self, tokens: Any, outcomes: Any) -> None:
         for token, outcome in zip(tokens, outcomes, strict=True):

@@ -109,13 +109,16 @@ class Workload:
         return call
 
     def _submit(self, call: Call) -> None:
-        kind = {"get": b.GET, "put": b.PUT, "delete": b.DELETE}[call.kind]
         level = self._random.choice([None, None, "one", "all"])
         call.level = level or "quorum"
-        self._session.submit(
-            kind, call.key, call.value, call, self._process.now_ns,
-            consistency=level, if_absent=call.if_absent, if_version=call.if_version,
-        )  # fmt: skip
+        now_ns = self._process.now_ns
+        if call.kind == "get":
+            self._session.get(call.key, call, now_ns, consistency=level)
+        else:
+            self._session.write(
+                b.PUT if call.kind == "put" else b.DELETE, call.key, call.value, call, now_ns,
+                consistency=level, if_absent=call.if_absent, if_version=call.if_version,
+            )  # fmt: skip
         self._process.schedule()
 
     def _through_gateway(self, call: Call) -> None:

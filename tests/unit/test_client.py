@@ -20,7 +20,10 @@ class Asked:
         self.dirty: dict[str, None] = {}
         self.asked_ns: list[int] = []
 
-    def submit(self, kind: int, key: bytes, value: Any, token: Any, now_ns: int, *_: Any) -> None:
+    def get(self, key: bytes, token: Any, now_ns: int, *_: Any) -> None:
+        self._note(now_ns)
+
+    def write(self, kind: int, key: bytes, value: Any, token: Any, now_ns: int, *_: Any) -> None:
         self._note(now_ns)
 
     def submit_many(

@@ -72,7 +72,7 @@ class Client:
         self.session.step(Received("map", "map", encode_json(change)), self.now_ns)
 
     def get(self, level: str | None = "one") -> Request:
-        self.session.submit(b.GET, b"k", None, "get", self.now_ns, consistency=level)
+        self.session.get(b"k", "get", self.now_ns, consistency=level)
         (request,) = self.sent()
         return request
 
@@ -81,7 +81,7 @@ class Client:
         return request
 
     def put_to(self, key: bytes) -> list[Request]:
-        self.session.submit(b.PUT, key, b"v", "put", self.now_ns)
+        self.session.write(b.PUT, key, b"v", "put", self.now_ns)
         return self.sent()
 
     def later(self, delay_ms: int) -> list[Request]:
@@ -124,7 +124,7 @@ def test_calls_travel_in_one_message_or_in_two_large_ones(messages: list[int]) -
 
     def ask(count: int) -> list[Request]:
         for _ in range(count):
-            client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+            client.session.get(b"k", "get", client.now_ns)
         return client.sent()
 
     under_way = ask(callers)
@@ -141,7 +141,7 @@ def test_few_calls_wait_for_those_that_are_under_way() -> None:
     first = client.get("quorum")
     few = Knobs().client_fill_operations // 2 - 1
     for _ in range(few):
-        client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+        client.session.get(b"k", "get", client.now_ns)
     assert client.sent() == []
     client.answer(first, found_all(first))
     (second,) = client.sent()
@@ -154,7 +154,7 @@ def test_calls_that_trickle_in_leave_as_soon_as_they_are_worth_a_message() -> No
 
     def ask(count: int) -> list[int]:
         for _ in range(count):
-            client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+            client.session.get(b"k", "get", client.now_ns)
         return [*map(count_in, client.sent())]
 
     fill = Knobs().client_fill_operations // 2
@@ -167,7 +167,7 @@ def test_few_calls_leave_when_an_answer_is_late() -> None:
     """A message that waits for a disk, say, is no reason for others to wait."""
     client, patience_ms = Client(), LATE_NS_MIN // MILLISECOND_NS
     slow = client.get("quorum")
-    client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+    client.session.get(b"k", "get", client.now_ns)
     assert client.session.next_deadline_ns() == client.now_ns + LATE_NS_MIN
     assert client.later(patience_ms - 1) == []
     (quick,) = client.later(1)
@@ -182,7 +182,7 @@ def test_what_is_usual_is_not_late() -> None:
         client.later(usual_ms)
         client.answer(request, found_all(request))
     client.get("quorum")
-    client.session.submit(b.GET, b"k", None, "get", client.now_ns)
+    client.session.get(b"k", "get", client.now_ns)
     assert client.later(usual_ms) == []
     assert len(client.later(usual_ms)) == 1
 
@@ -194,7 +194,7 @@ def test_what_is_usual_is_not_late() -> None:
 def test_only_at_all_is_silence_no_reason_to_send_again_soon(level: str) -> None:
     """It may be another member that is waited for: the primary will say so in its time."""
     client, knobs = Client(), Knobs()
-    client.session.submit(b.PUT, b"k", b"v", "put", client.now_ns, consistency=level)
+    client.session.write(b.PUT, b"k", b"v", "put", client.now_ns, consistency=level)
     (sent,) = client.sent()
     assert client.later(knobs.suspect_after_ms) == []
     assert len(client.said) == 1, "it is suspected"
@@ -512,7 +512,7 @@ def test_of_two_primaries_that_hear_a_request_the_other_one_ends_no_silence() ->
 
 def test_before_a_keyspace_is_said_to_be_unknown_the_map_is_read() -> None:
     client = Client()
-    client.session.submit(b.PUT, b"k", b"v", "put", client.now_ns, "young")
+    client.session.write(b.PUT, b"k", b"v", "put", client.now_ns, "young")
     (asked,) = client.sent()
     assert decode_cbor(asked.body) == {}
     client.answer(asked, shard_map(7).public())
