@@ -186,7 +186,9 @@ _NO_RECORD = (None, 0, 0, None)
 
 def read_reply(records: list[Known | None], bytes_max: int) -> BatchReply:
     """Answer gets, as many as fit into one message; the rest is UNANSWERED. The first always fits."""
-    outcomes = bytes([b.MISSING if r is None else b.FOUND for r in records])
+    outcomes = bytes([b.FOUND]) * len(records)
+    if not all(records):
+        outcomes = bytes([b.MISSING if r is None else b.FOUND for r in records])
     columns: Any = zip(*[r or _NO_RECORD for r in records], strict=True)
     values, epochs, seqs, expires_at = map(list, columns)  # Unread is for `fit_values` to leave out
     reply = BatchReply(outcomes, epochs, seqs, values)
@@ -209,8 +211,11 @@ def fit_values(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:
     assert isinstance(epochs, list)
     assert isinstance(seqs, list)
     room = bytes_max - READ_BYTES * len(values)
+    types = {*map(type, values)}
+    if types == {bytes} and sum(map(len, values)) <= room:
+        return
     sizes = [0 if v is None else len(v) for v in values]
-    if sum(sizes) <= room and Unread not in {*map(type, values)}:
+    if sum(sizes) <= room and Unread not in types:
         return
     outcomes = bytearray(reply.outcomes)
     for i, value in enumerate(values):
