@@ -28,7 +28,7 @@ class Columns:
     deadlines_ns: list[int] = field(default_factory=list)
     kinds: bytearray = field(default_factory=bytearray)
     values: list[bytes | None] = field(default_factory=list)
-    """Neither is filled in for gets."""
+    """Neither has to be filled in for gets."""
     conditions: dict[int, Version | None] = field(default_factory=dict)
     ttls_ms: dict[int, int] = field(default_factory=dict)
 
@@ -185,13 +185,12 @@ def operations_of(columns: Columns, numbers: Sequence[int], lane: Lane) -> list[
 
 
 def columns_of(operations: list[Operation]) -> Columns:
-    writes = [o for o in operations if not o.is_read]
     return Columns(
         [o.key for o in operations],
         [o.token for o in operations],
         [o.deadline_ns for o in operations],
-        bytearray([o.kind for o in writes]),
-        [o.value for o in writes],
+        bytearray([o.kind for o in operations]),
+        [o.value for o in operations],
         {i: o.condition for i, o in enumerate(operations) if o.has_condition},
         {i: o.ttl_ms for i, o in enumerate(operations) if o.ttl_ms is not None},
     )

@@ -212,9 +212,9 @@ def fit_values(reply: BatchReply, bytes_max: int, keep: int = 0) -> None:
     assert isinstance(seqs, list)
     room = bytes_max - READ_BYTES * len(values)
     types = {*map(type, values)}
-    if types == {bytes} and sum(map(len, values)) <= room:
-        return
-    sizes = [0 if v is None else len(v) for v in values]
+    sizes = (
+        [*map(len, values)] if types == {bytes} else [0 if v is None else len(v) for v in values]
+    )
     if sum(sizes) <= room and Unread not in types:
         return
     outcomes = bytearray(reply.outcomes)

@@ -49,7 +49,7 @@ def test_an_append_of_nothing_is_completed(log: Log) -> None:
     assert log.log.end("s1") == 1
 
 
-def test_what_may_go_is_deleted_with_what_is_added(log: Log) -> None:
+def test_what_may_go_is_deleted_while_more_is_added(log: Log) -> None:
     """A few more at a time: in the end nothing of it is left."""
     log.append(1, *(EntryRow("s1", i, 1, b"x") for i in range(1, 201)))
     log.until_completed(1)
@@ -60,6 +60,26 @@ def test_what_may_go_is_deleted_with_what_is_added(log: Log) -> None:
     log.log.close()
     log.log = NodeLog(log.log.path.parent, "n1")
     assert [row.last for row in log.log.entries("s1")] == [*range(151, 299)]
+
+
+def test_what_is_deleted_is_not_written_again(log: Log, tmp_path: Path) -> None:
+    """As SQLite does by itself where its distributor wants deleted bytes to be overwritten."""
+    wal, entry_bytes, count = tmp_path / f"{LOG_NAME}-wal", 32 << 10, 40
+    for seq in range(1, count + 1):
+        log.append(seq, EntryRow("s1", seq, 1, bytes(entry_bytes)))
+        log.until_completed(seq)
+    before = wal.stat().st_size
+    assert before > count * entry_bytes
+    log.log.trim(Trim("s1", count))
+    for seq in range(count + 1, 2 * count + 1):
+        log.append(seq, EntryRow("s1", seq, 1, b"x"))
+        log.until_completed(seq)
+    log.log.read(LogRead(0, "s1", (1, 2 * count), 1))  # answered behind the last deletion
+    log.events.get(timeout=10)
+    with sqlite3.connect(tmp_path / LOG_NAME) as reader:
+        assert reader.execute("SELECT min(last) FROM entries").fetchone() == (count + 1,)
+    reader.close()
+    assert wal.stat().st_size - before < count * entry_bytes
 
 
 def shard_map(version: int, **epochs: int) -> dict[str, Any]:

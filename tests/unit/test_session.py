@@ -14,8 +14,9 @@ from bus_kv.errors import (
     NotPrimary,
     OutcomeUnknown,
     Overloaded,
+    ShardUnavailable,
 )  # fmt: skip
-from bus_kv.knobs import MILLISECOND_NS, SECOND_NS, Knobs
+from bus_kv.knobs import KEY_BYTES_MAX, MILLISECOND_NS, SECOND_NS, Knobs
 from bus_kv.protocol import batch as b
 from bus_kv.protocol.batch import BatchReply, decode_batch
 from bus_kv.protocol.codec import decode_cbor, encode_cbor, encode_json
@@ -112,6 +113,30 @@ def found_all(request: Request) -> dict[str, Any]:
 
 
 # ---- coalescing ----
+
+
+def test_gets_of_long_keys_travel_in_messages_that_fit() -> None:
+    client, count = Client(), 800
+    for i in range(count):
+        key = b"%d" % i
+        client.session.get(key.ljust(KEY_BYTES_MAX), "get", client.now_ns, consistency="quorum")
+    requests = client.sent()
+    assert all(len(request.body) <= 1 << 20 for request in requests)
+    for request in requests:
+        client.answer(request, found_all(request))
+        requests += client.sent()
+    assert len(client.outcomes) == count
+    assert len({entry.key for entry in client.outcomes}) == count
+    assert len(requests) < 8
+
+
+def test_a_get_is_sent_again_as_it_was() -> None:
+    client = Client()
+    first = client.get("quorum")
+    client.answer(first, ShardUnavailable("not now").to_body())
+    (again,) = client.later(1000)
+    batch = decode_batch(decode_cbor(again.body)["batch"])
+    assert (batch.kinds, batch.keys, batch.values) == (bytes([b.GET]), [b"k"], [])
 
 
 @pytest.mark.parametrize(
